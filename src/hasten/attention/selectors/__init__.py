@@ -1,0 +1,1 @@
+"""Page selection, one method a file: which positions a row reads."""

@@ -1,0 +1,1 @@
+"""Page codecs, one a file: the form in which keys and values are stored."""

@@ -1,0 +1,182 @@
+"""A stack: one choice for each slot, in one notation everywhere.
+
+``draft=prompt-lookup(k=8),select=sink-window`` is written the same way on the command line, in
+Python, in YAML (a mapping of slot to choice) and in reports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hasten.methods import ENGINE_PROVIDES, NEEDS, SLOTS, Card, Exactness, MethodError, cards, find
+
+_CHOICE = re.compile(r"\s*([A-Za-z0-9_.+-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+_ORDER: tuple[Exactness, ...] = ("bitwise", "distribution", "lossy")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The method of every slot. Build one with ``Stack.parse`` (text, mapping, or a stack)."""
+
+    methods: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str | Mapping[str, Any] | Stack | None = None) -> Stack:
+        """Read a stack and fill the remaining slots with their plain choice.
+
+        Raises:
+            MethodError: unknown slot, method or parameter, a slot given twice, a bad value.
+        """
+        if isinstance(text, Stack):
+            return text
+        if isinstance(text, Mapping):
+            pairs = [(str(slot), choice) for slot, choice in text.items()]
+        else:
+            pairs = [_split_pair(part) for part in _split(text or "")]
+        methods: dict[str, Any] = {}
+        for slot, choice in pairs:
+            built = choice if hasattr(choice, "card") else _build(slot, str(choice))
+            for filled in built.card.slots:
+                if filled in methods:
+                    raise MethodError(f"slot '{filled}' is filled twice")
+                methods[filled] = built
+            if slot not in built.card.slots:
+                raise MethodError(f"'{built.card.name}' does not fill the slot '{slot}'")
+        for slot, (_, plain) in SLOTS.items():
+            if slot not in methods:
+                methods[slot] = find(slot, plain).cls()
+        return cls({slot: methods[slot] for slot in SLOTS})
+
+    def __getitem__(self, slot: str) -> Any:
+        return self.methods[slot]
+
+    def __str__(self) -> str:
+        """Canonical text: choices and parameters that are not the plain ones, in slot order."""
+        parts = []
+        for slot, chosen in self.methods.items():
+            changed = {
+                f.name: getattr(chosen, f.name)
+                for f in dataclasses.fields(chosen)
+                if getattr(chosen, f.name) != f.default
+            }
+            if chosen.card.name == SLOTS[slot][1] and not changed:
+                continue
+            inside = ",".join(f"{name}={_show(value)}" for name, value in changed.items())
+            parts.append(f"{slot}={chosen.card.name}" + (f"({inside})" if inside else ""))
+        return ",".join(parts) or "plain"
+
+    @property
+    def exact(self) -> Exactness:
+        """The weakest promise among the methods: what the whole stack promises."""
+        return max((m.card.exact for m in self.methods.values()), key=_ORDER.index)
+
+    def baseline(self) -> Stack:
+        """What this stack's exactness is measured against.
+
+        Methods that define the function that is computed (weights, stored values, what attention
+        sees) stay; every other slot goes back to its plain choice. A stack that promises
+        "bitwise" has, under greedy decoding, the same output as its baseline, bit for bit.
+        """
+        defining = {"changes-weights", "changes-values", "limits-view"}
+        return Stack.parse({s: m for s, m in self.methods.items() if m.card.does & defining})
+
+    def check(self, provides: Iterable[str], model: str = "this model") -> None:
+        """Refuse what cannot run, with the reason.
+
+        Args:
+            provides: what the model offers beyond the engine (``ModelConfig.provides``).
+
+        Raises:
+            MethodError: a method needs something that neither engine nor model provides.
+        """
+        missing = missing_needs((m.card for m in self.methods.values()), provides)
+        if missing:
+            card, need = missing[0]
+            raise MethodError(
+                f"{card.slots[0]}={card.name} cannot run on {model}: it needs {NEEDS[need]} "
+                f"('{need}'); choose another method for the slot '{card.slots[0]}' "
+                f"({', '.join(c.name for c in cards(card.slots[0]) if need not in c.needs)})"
+            )
+
+
+def missing_needs(chosen: Iterable[Card], provides: Iterable[str]) -> list[tuple[Card, str]]:
+    """The (card, need) pairs that neither the engine nor ``provides`` satisfies."""
+    offered = ENGINE_PROVIDES | set(provides)
+    return [(card, need) for card in chosen for need in sorted(card.needs - offered)]
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside parentheses."""
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth < 0:
+            break
+        if char == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    if depth != 0:
+        raise MethodError(f"unbalanced parentheses in '{text}'")
+    parts.append(text[start:])
+    return [part for part in parts if part.strip() and part.strip() != "plain"]
+
+
+def _split_pair(part: str) -> tuple[str, str]:
+    slot, equals, choice = part.partition("=")
+    if not equals or "(" in slot:
+        raise MethodError(
+            f"'{part.strip()}' is not slot=method; write for example draft=prompt-lookup(k=8)"
+        )
+    return slot.strip(), choice
+
+
+def _build(slot: str, choice: str) -> Any:
+    match = _CHOICE.fullmatch(choice)
+    if match is None:
+        raise MethodError(f"cannot read '{choice.strip()}'; write name or name(parameter=value)")
+    name, inside = match[1], match[2] or ""
+    card = find(slot, name)
+    fields = {f.name: f for f in dataclasses.fields(card.cls)}
+    types_ = typing.get_type_hints(card.cls)
+    values: dict[str, Any] = {}
+    for part in _split(inside):
+        key, equals, raw = (x.strip() for x in part.partition("="))
+        if not equals or key not in fields:
+            close = difflib.get_close_matches(key, fields, 1)
+            hint = f" (did you mean '{close[0]}'?)" if close else ""
+            raise MethodError(
+                f"{name} has no parameter '{key}'{hint}; it has: {', '.join(fields) or 'none'}"
+            )
+        values[key] = _read(raw, types_[key], f"{name}({key})")
+    try:
+        return card.cls(**values)
+    except (ValueError, TypeError) as error:
+        raise MethodError(f"{slot}={name}: {error}") from None
+
+
+def _read(raw: str, kind: Any, where: str) -> Any:
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if raw.lower() in ("none", "null") and type(None) in options:
+        return None
+    try:
+        if bool in options:
+            return {"true": True, "false": False}[raw.lower()]
+        if int in options:
+            return int(raw)
+        if float in options:
+            return float(raw)
+    except (KeyError, ValueError):
+        expected = next(t.__name__ for t in (bool, int, float) if t in options)
+        raise MethodError(f"{where} is '{raw}', expected {expected}") from None
+    return raw
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
