@@ -1,0 +1,115 @@
+"""How keys and values lie in memory: layer groups, pages and the tensors that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+PAGE_SIZE = 16
+"""Positions in a page. Also the vector width of the attention kernels: keys of one page are
+stored dimension-major, so one vector holds one dimension of all its keys."""
+
+CHUNK = 64
+"""Logical positions in an attention chunk. Chunk boundaries and their order fix the bits of the
+sum (see ``hasten.kernels.attention``); every page lies inside one chunk."""
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose keys live and die together, so that they share page ids and page tables.
+
+    Attributes:
+        layers: indices of the layers.
+        window: positions that a row can see, itself included; None = all.
+        sinks: leading positions that stay visible beside the window.
+        head_groups: page tables per layer; each serves ``num_kv_heads / head_groups`` heads.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None = None
+    sinks: int = 0
+    head_groups: int = 1
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Shape of one runner's cache: which layers share tables, and what a page holds."""
+
+    num_kv_heads: int
+    head_dim: int
+    groups: tuple[LayerGroup, ...]
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"keys and values are float32 or bfloat16, not {self.dtype}")
+        for group in self.groups:
+            if self.num_kv_heads % group.head_groups:
+                raise ValueError(
+                    f"{self.num_kv_heads} KV heads cannot be split into "
+                    f"{group.head_groups} equal head groups"
+                )
+
+    @property
+    def padded_head_dim(self) -> int:
+        """Head size of a stored value row: rounded up so that kernels need no tail."""
+        return -(-self.head_dim // PAGE_SIZE) * PAGE_SIZE
+
+    def page_bytes(self, group: int) -> int:
+        """Bytes that one page id of a layer group stands for: all its layers, keys and values."""
+        g = self.groups[group]
+        heads = self.num_kv_heads // g.head_groups
+        elements = heads * PAGE_SIZE * (self.head_dim + self.padded_head_dim)
+        return len(g.layers) * elements * self.dtype.itemsize
+
+    def block_bytes(self) -> int:
+        """Bytes that one block of ``PAGE_SIZE`` positions takes over all layers and heads."""
+        return sum(self.page_bytes(i) * g.head_groups for i, g in enumerate(self.groups))
+
+
+def uniform_layout(
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    windows: Sequence[int | None],
+    dtype: torch.dtype = torch.float32,
+) -> KVLayout:
+    """Group the layers of a model by their sliding window (None = full attention)."""
+    if len(windows) != num_layers:
+        raise ValueError(f"{num_layers} layers need as many windows, got {len(windows)}")
+    by_window: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(windows):
+        by_window.setdefault(window, []).append(layer)
+    groups = tuple(LayerGroup(tuple(layers), window) for window, layers in by_window.items())
+    return KVLayout(num_kv_heads, head_dim, groups, dtype)
+
+
+class KVStorage:
+    """The page tensors of one runner.
+
+    For each layer group ``k[g]`` is [layers, pages, heads, head_dim, PAGE_SIZE] (dimension-major)
+    and ``v[g]`` is [layers, pages, heads, PAGE_SIZE, padded_head_dim] (row-major, the padding
+    zero). ``layer(i)`` gives the views and the group of one layer.
+    """
+
+    def __init__(self, layout: KVLayout, num_pages: Sequence[int]) -> None:
+        self.layout = layout
+        self.num_pages = list(num_pages)
+        self.k: list[torch.Tensor] = []
+        self.v: list[torch.Tensor] = []
+        self._of_layer: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        for index, (group, pages) in enumerate(zip(layout.groups, num_pages, strict=True)):
+            heads = layout.num_kv_heads // group.head_groups
+            lead = (len(group.layers), pages, heads)
+            k = torch.zeros(*lead, layout.head_dim, PAGE_SIZE, dtype=layout.dtype)
+            v = torch.zeros(*lead, PAGE_SIZE, layout.padded_head_dim, dtype=layout.dtype)
+            self.k.append(k)
+            self.v.append(v)
+            for i, layer in enumerate(group.layers):
+                self._of_layer[layer] = (k[i], v[i], index)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(key pages, value pages, index of the layer's group) of one layer."""
+        return self._of_layer[index]
