@@ -1,0 +1,129 @@
+"""What a request may ask of sampling, with the limits that keep one request affordable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+MAX_LOGPROBS = 100
+MAX_STOP = 64
+MAX_STOP_CHARS = 1_000
+MAX_BIAS = 10_000
+MAX_N = 128
+
+_FROM_MODEL: dict[str, Any] = {
+    # field: neutral value, used when neither the request nor the model says otherwise
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    Fields that are None take the model's ``generation_config.json`` value, else the neutral one.
+    Order of application: logit bias, penalties, bans (allowed tokens, bad words, minimum length),
+    temperature, top-k, top-p, min-p, typical-p; each filter works on what the one before it left,
+    renormalised. ``temperature=0`` is greedy: the largest logit after bias, penalties and bans,
+    ties to the lowest id.
+
+    Attributes:
+        max_tokens: generated tokens at most; None = until the context is full.
+        temperature: 0 = greedy.
+        top_k: keep the k likeliest tokens; 0 = all.
+        top_p: keep the smallest set of likeliest tokens with this much probability.
+        min_p: keep tokens with at least this share of the largest probability.
+        typical_p: keep the most typical tokens with this much probability (arXiv:2202.00666).
+        repetition_penalty: divide (multiply if negative) the logits of seen tokens (prompt too).
+        presence_penalty, frequency_penalty: subtract once, or per occurrence, for generated tokens.
+        logit_bias: added to the logits of the given token ids.
+        allowed_token_ids: if given, no other token can be chosen.
+        bad_words: token sequences that must not be completed (strings are encoded by the API).
+        min_tokens: no end of sequence and no stop before that many tokens.
+        ignore_eos: go on past the end-of-sequence token.
+        stop: strings that end the output; not included in it unless ``include_stop``.
+        stop_token_ids: tokens that end the output.
+        seed: same seed, same text, whatever the load; None = a fresh one.
+        n: sequences to generate for the prompt.
+        logprobs: likeliest alternatives to report for each token (0 = only the chosen token's).
+        prompt_logprobs: the same for the prompt's tokens.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str | Sequence[int]] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        _check("max_tokens", self.max_tokens, 1, None)
+        _check("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check("n", self.n, 1, MAX_N)
+        _check("temperature", self.temperature, 0, 100)
+        _check("top_k", self.top_k, 0, None)
+        for name in ("top_p", "typical_p"):
+            _check(name, getattr(self, name), 0, 1, above=True)
+        _check("min_p", self.min_p, 0, 1)
+        _check("repetition_penalty", self.repetition_penalty, 0, None, above=True)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), -100, 100)
+        for name in ("logprobs", "prompt_logprobs"):
+            _check(name, getattr(self, name), 0, MAX_LOGPROBS)
+        _check("seed", self.seed, -(2**63), 2**64 - 1)
+        _check("number of stop strings", len(stop), 0, MAX_STOP)
+        _check("entries in logit_bias", len(self.logit_bias), 0, MAX_BIAS)
+        for text in stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+                raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
+        for bias in self.logit_bias.values():
+            if not math.isfinite(bias):
+                raise ValueError(f"logit_bias {bias} is not finite; use bad_words to ban a token")
+
+    def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Fill what is None from the model's defaults, then from the neutral values."""
+        missing = {
+            name: defaults.get(name, neutral)
+            for name, neutral in _FROM_MODEL.items()
+            if getattr(self, name) is None
+        }
+        return replace(self, **missing) if missing else self
+
+
+def _check(
+    name: str, value: float | None, low: float, high: float | None, *, above: bool = False
+) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"{name} is {value!r}, expected a number")
+    if value < low or (above and value == low) or (high is not None and value > high):
+        bound = f"above {low}" if above else f"at least {low}"
+        upper = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{name} is {value}, must be {bound}{upper}")

@@ -1,0 +1,229 @@
+"""Choosing a token from a row of logits: processors, filters, and a draw that load cannot change.
+
+All arithmetic of a row involves that row alone, in float64 and in a total order (probability
+descending, then id ascending), so the choice is a function of (logits, history, parameters, seed,
+stream, position) and of nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.decoding.params import SamplingParams
+
+Row = NDArray[np.float32]
+
+
+class NoTokenLeft(ValueError):
+    """Bias, allowed tokens and bans leave nothing to choose (or the logits are not numbers)."""
+
+
+def uniform(seed: int, stream: int, position: int) -> float:
+    """A number in [0, 1) that belongs to one place of one sequence: counter-based, stateless."""
+    packed = struct.pack("<QQQ", seed & (2**64 - 1), stream, position)
+    bits = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+    return (bits >> 11) * 2.0**-53
+
+
+def descending(values: Row) -> NDArray[np.int64]:
+    """Indices by value descending, ties by index ascending. NaN sorts last.
+
+    One sort of 64-bit integers: the upper half is the float mapped to an order-reversing integer,
+    the lower half the index, so that no comparison is ever a tie.
+    """
+    row = np.where(np.isnan(values), np.float32(-np.inf), values) + np.float32(0)  # -0 -> +0
+    bits = row.astype(np.float32, copy=False).view(np.uint32).astype(np.uint64)
+    negative = (bits >> np.uint64(31)).astype(bool)
+    rising = np.where(negative, ~bits & np.uint64(0xFFFFFFFF), bits | np.uint64(0x80000000))
+    keys = ((np.uint64(0xFFFFFFFF) - rising) << np.uint64(32)) | np.arange(
+        len(row), dtype=np.uint64
+    )
+    keys.sort()
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The tokens that can be chosen, in total order, with their probabilities (sum 1)."""
+
+    ids: NDArray[np.int64]
+    probs: NDArray[np.float64]
+
+    def draw(self, u: float) -> int:
+        """The token at quantile u."""
+        cumulative = np.cumsum(self.probs)
+        place = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+        return int(self.ids[min(place, len(self.ids) - 1)])
+
+    def dense(self, vocab: int) -> NDArray[np.float64]:
+        """Probabilities indexed by token id."""
+        out = np.zeros(vocab)
+        out[self.ids] = self.probs
+        return out
+
+
+def distribution(logits: Row, params: SamplingParams) -> Distribution:
+    """Temperature and filters, applied to processed logits. ``params`` is resolved, T > 0."""
+    ids = descending(logits)
+    if params.top_k:
+        ids = ids[: params.top_k]
+    z = logits[ids].astype(np.float64) / params.temperature
+    z -= z[0]
+    ids, z = ids[np.isfinite(z)], z[np.isfinite(z)]
+    probs = np.exp(z)
+    probs /= probs.sum()
+    if params.top_p is not None and params.top_p < 1:
+        # the smallest head that reaches top_p: everything up to the first crossing
+        keep = int(np.searchsorted(np.cumsum(probs), params.top_p, side="left")) + 1
+        ids, probs = ids[:keep], probs[:keep] / probs[:keep].sum()
+    if params.min_p:
+        kept = probs >= params.min_p * probs[0]
+        ids, probs = ids[kept], probs[kept] / probs[kept].sum()
+    if params.typical_p is not None and params.typical_p < 1:
+        ids, probs = _typical(ids, probs, params.typical_p)
+    return Distribution(ids, probs)
+
+
+def _typical(
+    ids: NDArray[np.int64], probs: NDArray[np.float64], mass: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Keep the tokens whose surprise is nearest to the entropy, up to ``mass`` of probability."""
+    surprise = -np.log(np.maximum(probs, np.finfo(np.float64).tiny))
+    entropy = float((probs * surprise).sum())
+    order = np.argsort(np.abs(surprise - entropy), kind="stable")
+    keep = int(np.searchsorted(np.cumsum(probs[order]), mass, side="left")) + 1
+    kept = np.sort(order[:keep])  # back to the total order
+    return ids[kept], probs[kept] / probs[kept].sum()
+
+
+class Sampler:
+    """Chooses the tokens of one sequence, one position after the other.
+
+    It owns the history that penalties and bans look at. ``choose`` is pure; ``push`` records a
+    token that became output. Under speculation the verifier walks the tree with the same two
+    calls, so every node is judged by its own path's history.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        eos: frozenset[int],
+        seed: int,
+        stream: int,
+        bad_words: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self.params = params
+        self.seed = seed
+        self.stream = stream
+        self._eos = eos
+        self._prompt = prompt
+        self._prompt_ids: NDArray[np.int64] | None = None
+        self._bad_words = bad_words
+        self._output: list[int] = []
+        self._counts: dict[int, int] = {}
+        p = params
+        self._penalised = (
+            p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        )
+        self._processed = bool(
+            self._penalised or p.logit_bias or p.allowed_token_ids is not None or bad_words
+        )
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature == 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the choice is the argmax of the raw logits now, so that no row is needed."""
+        return self.greedy and not self._processed and len(self._output) >= self.params.min_tokens
+
+    def fork(self, stream: int) -> Sampler:
+        """A sampler for a twin sequence: same history, its own draws."""
+        twin = Sampler(self.params, self._prompt, self._eos, self.seed, stream, self._bad_words)
+        twin._output = list(self._output)
+        twin._counts = dict(self._counts)
+        return twin
+
+    def push(self, token: int) -> None:
+        """Record a token of the output."""
+        self._output.append(token)
+        if self._penalised:
+            self._counts[token] = self._counts.get(token, 0) + 1
+
+    def choose(self, logits: Row, position: int) -> int:
+        """The token at ``position``, given the logits of the position before it."""
+        row = self.process(logits)
+        if self.greedy:
+            return int(np.argmax(row))
+        return distribution(row, self.params).draw(uniform(self.seed, self.stream, position))
+
+    def process(self, logits: Row) -> Row:
+        """Bias, penalties and bans for the next token; the input is left as it is."""
+        early = len(self._output) < self.params.min_tokens
+        if not self._processed and not early:
+            return logits
+        p = self.params
+        row = logits.copy()
+        if p.logit_bias:
+            row[list(p.logit_bias)] += np.array(list(p.logit_bias.values()), np.float32)
+        if self._penalised:
+            self._penalise(row)
+        if p.allowed_token_ids is not None:
+            allowed = np.array(p.allowed_token_ids, np.int64)
+            kept = row[allowed]
+            row[:] = -np.inf
+            row[allowed] = kept
+        for word in self._bad_words:
+            head = list(word[:-1])
+            if not head or self._tail(len(head)) == head:
+                row[word[-1]] = -np.inf
+        if early:
+            row[list(self._eos | set(p.stop_token_ids))] = -np.inf
+        if not np.isfinite(row).any():
+            raise NoTokenLeft(
+                "no token can be chosen: allowed_token_ids, bad_words, logit_bias and min_tokens "
+                "together ban the whole vocabulary"
+            )
+        return row
+
+    def _tail(self, length: int) -> list[int]:
+        if len(self._output) >= length:
+            return self._output[-length:]
+        missing = length - len(self._output)
+        return list(self._prompt[len(self._prompt) - missing :]) + self._output
+
+    def _penalise(self, row: Row) -> None:
+        p = self.params
+        generated = np.fromiter(self._counts, np.int64, len(self._counts))
+        if p.repetition_penalty != 1:
+            if self._prompt_ids is None:
+                self._prompt_ids = np.unique(np.array(self._prompt, np.int64))
+            seen = np.union1d(self._prompt_ids, generated)
+            factor = np.float32(p.repetition_penalty)
+            row[seen] = np.where(row[seen] > 0, row[seen] / factor, row[seen] * factor)
+        if len(generated) and (p.presence_penalty or p.frequency_penalty):
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            row[generated] -= np.float32(p.frequency_penalty) * counts
+            row[generated] -= np.float32(p.presence_penalty)
+
+
+def top_logprobs(logits: Row, lse: float, k: int) -> list[tuple[int, float]]:
+    """The k likeliest (token id, log-probability) of a raw row, in total order."""
+    if k == 0:
+        return []
+    if k < len(logits):
+        # candidates: everything at least as large as the k-th largest, then the total order
+        floor = np.partition(logits, len(logits) - k)[len(logits) - k]
+        ids = np.flatnonzero(logits >= floor)
+    else:
+        ids = np.arange(len(logits))
+    ids = ids[descending(logits[ids])][:k]
+    return [(int(i), float(logits[i] - np.float32(lse))) for i in ids]
