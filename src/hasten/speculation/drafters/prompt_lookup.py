@@ -1,0 +1,81 @@
+"""Drafts copied from the sequence's own past."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hasten.methods import method
+from hasten.speculation.base import Draftable
+from hasten.speculation.tree import TokenTree
+
+
+@dataclass(slots=True)
+class NgramIndex:
+    """Where each n-gram of a sequence last ended, kept up to date token by token.
+
+    ``end[n - 1]`` maps an n-gram to the index after its last occurrence that has a successor.
+    """
+
+    end: list[dict[tuple[int, ...], int]]
+    indexed: int = 0
+    """Tokens whose n-grams are in the index."""
+
+    def extend(self, tokens: list[int]) -> None:
+        """Index all n-grams that end before the last token."""
+        stop = len(tokens) - 1
+        for n, table in enumerate(self.end, 1):
+            for after in range(max(self.indexed + 1, n), stop + 1):
+                table[tuple(tokens[after - n : after])] = after
+        self.indexed = max(self.indexed, stop)
+
+
+@method(
+    "prompt-lookup",
+    slot="draft",
+    paper="Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding)",
+    exact="bitwise",
+    needs=("token-history", "spare-slots"),
+    does=("proposes-tokens",),
+)
+@dataclass(frozen=True)
+class PromptLookup:
+    """Continues the latest earlier occurrence of the longest matching n-gram at the end.
+
+    Costs a few dictionary look-ups a step whatever the context length, and pays where the output
+    repeats its context: editing, extraction, code, long answers about a document.
+    """
+
+    k: int = 8
+    max_ngram: int = 3
+    min_ngram: int = 1
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: propose at least one token")
+        if not 1 <= self.min_ngram <= self.max_ngram:
+            raise ValueError(f"need 1 <= min_ngram ({self.min_ngram}) <= max_ngram")
+
+    def open(self) -> NgramIndex:
+        return NgramIndex([{} for _ in range(self.max_ngram)])
+
+    def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
+        return [
+            TokenTree.chain(s.tokens[-1:] + self._continuation(s, min(budget, self.k)))
+            for s, budget in zip(sequences, budgets, strict=True)
+        ]
+
+    def _continuation(self, sequence: Draftable, length: int) -> list[int]:
+        tokens, index = sequence.tokens, sequence.draft_state
+        index.extend(tokens)
+        for n in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
+            after = index.end[n - 1].get(tuple(tokens[-n:]))
+            if after is not None:
+                return tokens[after : after + length]
+        return []
+
+    def observe(self, sequence: Draftable, tree: TokenTree, path: list[int], y: int) -> None:
+        pass  # the index catches up at the next proposal
+
+    def rollback(self, sequence: Draftable, length: int) -> None:
+        sequence.draft_state = self.open()  # rebuilt from the tokens at the next proposal
