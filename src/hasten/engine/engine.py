@@ -1,0 +1,512 @@
+"""The step loop: plan, draft, run, verify, commit.
+
+There are no phases. A sequence has known tokens and computed positions; each step computes some
+of what is behind, and where the last known token is among it, a new one (or, with drafts,
+several) can be chosen. Prompt chunks, decodes, drafts, prefix hits and resumption after
+preemption differ in nothing but counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from bisect import insort
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.cache.layout import PAGE_SIZE, KVLayout, KVStorage
+from hasten.cache.manager import CacheManager, Stream
+from hasten.cache.prefix import root_key
+from hasten.decoding.params import SamplingParams
+from hasten.decoding.sampling import NoTokenLeft, Sampler, top_logprobs
+from hasten.decoding.text import TextStream
+from hasten.engine.batch import Batch, Segment
+from hasten.engine.clock import Clock, WallClock
+from hasten.engine.executor import Executor, InlineExecutor, Moves, Output, Runner
+from hasten.engine.request import Delta, Figures, FinishReason, Logprobs, Request, Sequence
+from hasten.kernels.logits import row_max_lse
+from hasten.models.base import Decoder
+from hasten.scheduling.base import Plan
+from hasten.speculation.base import Load
+from hasten.speculation.tree import TokenTree
+from hasten.stack import Stack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+        max_sequences: sequences that hold pages at the same time.
+        max_batch_tokens: rows of a step, known tokens and candidates together.
+        max_length: longest sequence; None = what the model was made for.
+        kv_bytes: memory for keys and values.
+        prefix_reuse: whether requests may start from pages that others computed.
+        model_id: identifies the weights in prefix keys.
+    """
+
+    max_sequences: int = 64
+    max_batch_tokens: int = 512
+    max_length: int | None = None
+    kv_bytes: int = 1 << 30
+    prefix_reuse: bool = True
+    model_id: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_batch_tokens", "kv_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+
+
+class RequestRefused(ValueError):
+    """A request that can never run; the text says what to change."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since start."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    passes: int = 0
+    """Times a sequence was extended: tokens / passes is the block efficiency (tau)."""
+    step_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    decode_steps: int = 0
+    """Steps in which every sequence had one known token to compute (and perhaps candidates)."""
+    decode_seconds: float = 0.0
+    """Forward time of the decode steps."""
+    decode_positions: int = 0
+    """Positions whose keys and values the decode steps read, summed over sequences."""
+    drafted: int = 0
+    accepted: int = 0
+    preemptions: int = 0
+    finished: int = 0
+
+
+class Engine:
+    """Runs requests. Not thread-safe: one thread adds, aborts and steps."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        stack: Stack,
+        config: EngineConfig | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.stack = stack
+        self.clock = clock or WallClock()
+        self.model = model
+        facts = model.config
+        stack.check(facts.provides, facts.architecture)
+        plain = facts.kv_layout(stack["codec"].torch_dtype)
+        groups = tuple(stack["select"].view(group) for group in plain.groups)
+        layout = KVLayout(plain.num_kv_heads, plain.head_dim, groups, plain.dtype)
+        longest = self.config.max_length or facts.max_positions
+        wanted = self.config.max_sequences * -(-(longest + 1) // PAGE_SIZE)
+        blocks = min(wanted, self.config.kv_bytes // layout.block_bytes())
+        if blocks < 2:
+            raise ValueError(
+                f"kv_bytes={self.config.kv_bytes} holds {blocks} pages of {layout.block_bytes()} "
+                "bytes; give it at least two"
+            )
+        self.max_length = min(longest, blocks * PAGE_SIZE)
+        self.cache = CacheManager(layout, blocks, self.config.max_sequences, self.max_length + 1)
+        storage = KVStorage(layout, [p.num_pages for p in self.cache.pools])
+        self.executor: Executor = InlineExecutor(Runner(model, storage))
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.requests: dict[str, Request] = {}
+        self.stats = EngineStats()
+        self._arrivals = 0
+        self._drafting = "proposes-tokens" in stack["draft"].card.does
+        # only what changes stored values or who may read them belongs into a prefix key
+        self._cache_identity = str(stack.baseline())
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(
+        self,
+        prompt: Seq[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        bad_words: Seq[Seq[int]] = (),
+        texts: Seq[TextStream] = (),
+    ) -> Request:
+        """Queue a request.
+
+        Args:
+            prompt: token ids, at least one.
+            params: fields that are None take the model's defaults.
+            tenant: requests share cached prefixes only within a tenant.
+            priority: smaller runs first and is preempted last.
+            bad_words: ``params.bad_words`` as token ids.
+            texts: one text stream per sequence if stop strings are to be found.
+
+        Raises:
+            RequestRefused: it can never run; nothing was queued.
+        """
+        params = params.resolved(self.model.sampling_defaults)
+        prompt = list(prompt)
+        self._check(prompt, params, texts)
+        request_id = request_id or f"req-{secrets.token_hex(8)}"
+        if request_id in self.requests:
+            raise RequestRefused(f"request id '{request_id}' is in use")
+        limit = self.max_length
+        if params.max_tokens is not None:
+            limit = min(limit, len(prompt) + params.max_tokens)
+        eos = frozenset() if params.ignore_eos else frozenset(self.model.config.eos_ids)
+        request = Request(request_id, self._arrivals, prompt, params, limit, eos, priority)
+        self._arrivals += 1
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * len(prompt)
+        root = None
+        if self.config.prefix_reuse and params.prompt_logprobs is None:
+            root = root_key(self._cache_identity, self.config.model_id, tenant)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        now = self.clock.now()
+        for index in range(params.n):
+            tokens = list(prompt)
+            request.sequences.append(
+                Sequence(
+                    request=request,
+                    index=index,
+                    tokens=tokens,
+                    stream=Stream(tokens, root),
+                    sampler=Sampler(params, prompt, eos, seed, index, bad_words),
+                    figures=Figures(now),
+                    text=texts[index] if texts else None,
+                    draft_state=self.stack["draft"].open(),
+                )
+            )
+        first, *request.dormant = request.sequences
+        self.requests[request_id] = request
+        insort(self.waiting, first, key=_rank)
+        return request
+
+    def abort(self, request_id: str) -> list[Delta]:
+        """End a request wherever it is; an unknown id is normal (it may just have finished)."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return []
+        request.dormant.clear()
+        deltas = [Delta(s, []) for s in request.sequences if s.finish_reason is None]
+        for delta in deltas:
+            delta.sequence.finish_reason = "abort"
+            self._retire(delta.sequence)
+        return deltas
+
+    def _check(self, prompt: list[int], params: SamplingParams, texts: Seq[TextStream]) -> None:
+        vocab = self.model.config.vocab_size
+        if not prompt:
+            raise RequestRefused("the prompt is empty; give at least one token (such as BOS)")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise RequestRefused(f"prompt has token ids outside 0..{vocab - 1}")
+        room = self.max_length - (params.max_tokens != 0)
+        if len(prompt) > room:
+            raise RequestRefused(
+                f"the prompt has {len(prompt)} tokens, at most {room} fit (context "
+                f"{self.max_length}); shorten it, or raise max_length or kv_bytes"
+            )
+        for name, ids in (
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            for token in ids:
+                if not 0 <= token < vocab:
+                    raise RequestRefused(f"{name} names token {token}, outside 0..{vocab - 1}")
+        if params.allowed_token_ids is not None and not len(params.allowed_token_ids):
+            raise RequestRefused("allowed_token_ids is empty: nothing could be generated")
+        if params.stop and len(texts) != params.n:
+            raise RequestRefused("stop strings need a tokenizer")
+
+    # ---- one step ---------------------------------------------------------------------------
+
+    def step(self) -> list[Delta]:
+        """Run one batch and return what it added. An idle engine returns an empty list."""
+        began = self.clock.now()
+        plan = self._plan()
+        if not plan.grants:
+            return []
+        trees = self._draft(plan)
+        batch = self._build(plan, trees)
+        try:
+            output = self.executor.submit(batch, self.cache.take_copies()).result()
+        except Exception as error:
+            logger.exception("a step failed; its sequences end with an error")
+            return self._fail(plan, error)
+        deltas = self._verify_and_commit(plan, trees, batch, output)
+        self.stats.steps += 1
+        self.stats.rows += batch.num_rows
+        self.stats.forward_seconds += output.seconds
+        if plan.rows == len(plan.grants):
+            self.stats.decode_steps += 1
+            self.stats.decode_seconds += output.seconds
+            self.stats.decode_positions += int(batch.base[batch.segment_rows[1:] - 1].sum())
+        self.stats.step_seconds += self.clock.now() - began
+        return deltas
+
+    def _plan(self) -> Plan:
+        plan: Plan = self.stack["schedule"].plan(
+            self.waiting, self.running, self.cache, self.config.max_batch_tokens
+        )
+        for sequence in plan.preempted:
+            self.running.remove(sequence)
+            insort(self.waiting, sequence, key=_rank)
+            sequence.figures.preemptions += 1
+            self.stats.preemptions += 1
+        for sequence in plan.admitted:
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_rank)
+            figures = sequence.figures
+            if figures.scheduled is None:
+                figures.scheduled = self.clock.now()
+                figures.cached_tokens = sequence.stream.computed
+        return plan
+
+    def _draft(self, plan: Plan) -> dict[int, TokenTree]:
+        """Trees with candidates, by index of the grant."""
+        if not self._drafting:
+            return {}
+        places = [
+            (i, g.sequence)
+            for i, g in enumerate(plan.grants)
+            if g.reaches_end and not g.sequence.request.dormant
+        ]
+        sequences = [sequence for _, sequence in places]
+        left = self.config.max_batch_tokens - plan.rows
+        load = Load(decoding=len(sequences), rows_taken=plan.rows, rows_left=left)
+        budgets = self.stack["control"].plan(sequences, load)
+        # the last token that may be generated is never a root, so drafts stop one before it
+        budgets = [
+            max(0, min(budget, s.request.limit - len(s.tokens) - 1))
+            for budget, s in zip(budgets, sequences, strict=True)
+        ]
+        proposed = self.stack["draft"].propose(sequences, budgets)
+        trees = {}
+        for (i, sequence), budget, tree in zip(places, budgets, proposed, strict=True):
+            candidates = len(tree) - 1
+            if candidates > budget or tree.token[0] != sequence.tokens[-1]:
+                raise AssertionError(
+                    f"draft={self.stack['draft'].card.name} broke its contract: {candidates} "
+                    f"candidates for a budget of {budget}, root {tree.token[0]}"
+                )
+            if candidates and self.cache.reserve(
+                sequence.stream, len(sequence.tokens) + candidates
+            ):
+                trees[i] = tree
+        return trees
+
+    def _build(self, plan: Plan, trees: dict[int, TokenTree]) -> Batch:
+        segments = []
+        for i, grant in enumerate(plan.grants):
+            sequence, stream = grant.sequence, grant.sequence.stream
+            start = stream.computed
+            if sequence.request.prompt_logprobs is not None:
+                wanted = "all"
+            else:
+                wanted = "last" if grant.reaches_end else "none"
+            tokens = sequence.tokens[start : start + grant.rows]
+            segments.append(Segment(stream.table_row, start, tokens, trees.get(i), wanted))
+        return Batch.build(segments, self.cache.tables)
+
+    def _verify_and_commit(
+        self, plan: Plan, trees: dict[int, TokenTree], batch: Batch, output: Output
+    ) -> list[Delta]:
+        best, _, lse = row_max_lse(output.logits)
+        rows = _Rows(output.logits.numpy(), best.tolist(), lse.numpy())
+        ends_at = batch.segment_wanted.tolist()
+        moves = Moves([], [], [])
+        extended: list[tuple[Delta, int, int]] = []  # with positions computed, row of the root
+        for i, grant in enumerate(plan.grants):
+            sequence = grant.sequence
+            stream = sequence.stream
+            if sequence.request.prompt_logprobs is not None:
+                _score_prompt(sequence, stream.computed, grant.rows, rows, ends_at[i])
+            if not grant.reaches_end:
+                self.cache.commit(stream, stream.computed + grant.rows)
+                continue
+            tree = trees.get(i)
+            root_row = ends_at[i + 1] - (1 if tree is None else len(tree))
+            known = len(sequence.tokens)
+            path, delta = self._extend(sequence, tree, root_row, rows)
+            extended.append((delta, known + len(path) - 1, root_row))
+            for to, node in enumerate(path):
+                if node != to:
+                    moves.table_row.append(stream.table_row)
+                    moves.src.append(known - 1 + node)
+                    moves.dst.append(known - 1 + to)
+        if moves.src:
+            self.executor.move(batch, moves)
+        deltas: list[Delta] = []
+        for delta, computed, root_row in extended:
+            sequence = delta.sequence
+            deltas.append(delta)
+            self.cache.commit(sequence.stream, computed)
+            if sequence.request.dormant:
+                deltas.extend(self._wake(sequence, root_row, rows))
+        now = self.clock.now()
+        for delta in deltas:
+            sequence = delta.sequence
+            sequence.figures.token_times.extend([now] * len(delta.tokens))
+            sequence.figures.steps += 1
+            self.stats.passes += 1
+            self.stats.tokens += len(delta.tokens)
+            if sequence.finish_reason is not None:
+                self._retire(sequence)
+        return deltas
+
+    def _extend(
+        self, sequence: Sequence, tree: TokenTree | None, root_row: int, rows: _Rows
+    ) -> tuple[list[int], Delta]:
+        """Choose what follows a sequence. Returns the accepted nodes and what became output."""
+        request, sampler = sequence.request, sequence.sampler
+        params = request.params
+        delta = Delta(sequence, [])
+        if params.logprobs is not None:
+            delta.logprobs = []
+        if len(sequence.tokens) >= request.limit:  # nothing was to be generated (scoring)
+            sequence.finish_reason = "length"
+            return [0], delta
+
+        def choose(node: int) -> int:
+            row = root_row + node
+            token = (
+                rows.best[row]
+                if sampler.plain
+                else sampler.choose(rows.logits[row], len(sequence.tokens))
+            )
+            if delta.logprobs is not None:
+                delta.logprobs.append(rows.logprobs(row, token, params.logprobs or 0))
+            return token
+
+        def ends(token: int) -> bool:
+            sequence.tokens.append(token)
+            sampler.push(token)
+            delta.tokens.append(token)
+            sequence.finish_reason = self._why_finished(sequence, token, delta)
+            return sequence.finish_reason is not None
+
+        try:
+            if tree is None:
+                ends(choose(0))
+                return [0], delta
+            path, _ = self.stack["verify"].verify(tree, choose, ends)
+        except NoTokenLeft as error:
+            sequence.finish_reason, sequence.error = "error", str(error)
+            return [0], delta
+        accepted = len(path) - 1
+        self.stack["draft"].observe(sequence, tree, path, delta.tokens[-1])
+        sequence.figures.drafted += len(tree) - 1
+        sequence.figures.accepted += accepted
+        self.stats.drafted += len(tree) - 1
+        self.stats.accepted += accepted
+        return path, delta
+
+    def _why_finished(self, sequence: Sequence, token: int, delta: Delta) -> FinishReason | None:
+        """The end conditions, in order of precedence; follows the text where stops are given."""
+        request = sequence.request
+        if token in request.eos or token in request.params.stop_token_ids:
+            return "stop"
+        if sequence.text is not None:
+            search = sequence.num_output >= request.params.min_tokens
+            delta.text = (delta.text or "") + sequence.text.push((token,), search)
+            if sequence.text.stopped_by is not None:
+                return "stop"
+        if len(sequence.tokens) >= request.limit:
+            return "length"
+        return None
+
+    def _wake(self, parent: Sequence, root_row: int, rows: _Rows) -> list[Delta]:
+        """Start the other sequences of a request whose prompt has just been computed."""
+        deltas = []
+        for twin in parent.request.dormant:
+            twin.figures.scheduled = parent.figures.scheduled
+            twin.figures.cached_tokens = parent.figures.cached_tokens
+            _, delta = self._extend(twin, None, root_row, rows)
+            deltas.append(delta)
+            if twin.finish_reason is None:
+                shares = self.cache.fork(parent.stream, twin.stream)
+                # without a free table row it queues, and finds the prompt in the prefix index
+                insort(self.running if shares else self.waiting, twin, key=_rank)
+        parent.request.dormant = []
+        return deltas
+
+    def _fail(self, plan: Plan, error: Exception) -> list[Delta]:
+        deltas = []
+        for grant in plan.grants:
+            sequence = grant.sequence
+            sequence.finish_reason = "error"
+            sequence.error = f"{type(error).__name__}: {error}"
+            deltas.append(Delta(sequence, []))
+            for twin in sequence.request.dormant:
+                twin.finish_reason, twin.error = "error", sequence.error
+                deltas.append(Delta(twin, []))
+            sequence.request.dormant = []
+        for delta in deltas:
+            self._retire(delta.sequence)
+        return deltas
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Give back what a finished sequence holds."""
+        self.cache.release(sequence.stream)
+        for queue in (self.running, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        sequence.draft_state = None
+        self.stats.finished += 1
+        if sequence.request.finished:
+            self.requests.pop(sequence.request.id, None)
+
+    # ---- upkeep -----------------------------------------------------------------------------
+
+    def check_ledger(self) -> None:
+        """Raise ``AssertionError`` unless every page has exactly the owners it counts."""
+        for group, report in enumerate(self.cache.audit()):
+            if report:
+                raise AssertionError(f"page ledger of layer group {group}: {report}")
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Logits of a step and what was computed from all rows at once."""
+
+    logits: NDArray[np.float32]
+    best: list[int]
+    lse: NDArray[np.float32]
+
+    def logprobs(self, row: int, token: int, k: int) -> Logprobs:
+        """Of one token and of the k likeliest, from the raw logits."""
+        logits, lse = self.logits[row], self.lse[row]
+        return float(logits[token] - lse), top_logprobs(logits, float(lse), k)
+
+
+def _score_prompt(sequence: Sequence, start: int, known: int, rows: _Rows, first: int) -> None:
+    """Fill in the log-probabilities of the prompt tokens that this step's rows predict."""
+    request = sequence.request
+    assert request.prompt_logprobs is not None
+    for offset in range(known):
+        predicted = start + offset + 1
+        if predicted < len(request.prompt):
+            request.prompt_logprobs[predicted] = rows.logprobs(
+                first + offset, request.prompt[predicted], request.params.prompt_logprobs or 0
+            )

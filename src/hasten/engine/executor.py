@@ -1,0 +1,126 @@
+"""Running batches: the runner that owns a model and its pages, and the handle of a batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hasten.cache.layout import KVStorage
+from hasten.engine.batch import Batch
+from hasten.kernels.pages import copy_pages, move_slots
+from hasten.models.base import Decoder
+from hasten.models.paged import PagedKV
+
+
+@dataclass(slots=True)
+class Output:
+    """What a batch gives back.
+
+    Attributes:
+        logits: float32 [len(batch.wanted), vocabulary].
+        hidden: layer index -> float32 [rows, hidden], for the layers that were asked for.
+        seconds: time in the model's forward.
+    """
+
+    logits: torch.Tensor
+    hidden: dict[int, torch.Tensor]
+    seconds: float
+
+
+@dataclass(slots=True)
+class Moves:
+    """Rows to move after verification, per table row ascending: slots ``src`` -> ``dst``."""
+
+    table_row: list[int]
+    src: list[int]
+    dst: list[int]
+
+
+class Handle(Protocol):
+    """A submitted batch. Several may be in flight on an executor that overlaps."""
+
+    def result(self) -> Output:
+        """Wait for the batch."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs batches in the order of submission."""
+
+    def submit(
+        self,
+        batch: Batch,
+        copies: Sequence[tuple[int, int, int]] = (),
+        capture: Collection[int] = (),
+    ) -> Handle: ...
+
+    def move(self, batch: Batch, moves: Moves) -> None:
+        """Compact accepted tree rows; ordered after every submitted batch."""
+        ...
+
+
+class Runner:
+    """A model with its page tensors."""
+
+    def __init__(self, model: Decoder, storage: KVStorage) -> None:
+        self.model = model
+        self.storage = storage
+
+    def run(self, batch: Batch, capture: Collection[int] = ()) -> Output:
+        start = time.perf_counter()
+        kv = PagedKV(self.storage, batch)
+        out = self.model.forward(batch, kv, capture=capture)
+        logits = self.model.logits(out, batch.wanted)
+        return Output(logits, out.captured, time.perf_counter() - start)
+
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy whole pages, (layer group, from, to), over all layers of the group."""
+        for group in {g for g, _, _ in copies}:
+            src = torch.tensor([s for g, s, _ in copies if g == group])
+            dst = torch.tensor([d for g, _, d in copies if g == group])
+            copy_pages(self.storage.k[group], self.storage.v[group], src, dst)
+
+    def move(self, batch: Batch, moves: Moves) -> None:
+        rows, src, dst = (
+            torch.tensor(x, dtype=torch.int32) for x in (moves.table_row, moves.src, moves.dst)
+        )
+        for group, table in enumerate(batch.tables):
+            move_slots(
+                self.storage.k[group],
+                self.storage.v[group],
+                torch.from_numpy(table),
+                rows,
+                src,
+                dst,
+            )
+
+
+class InlineExecutor:
+    """Runs each batch at once, in the calling thread."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    def submit(
+        self,
+        batch: Batch,
+        copies: Sequence[tuple[int, int, int]] = (),
+        capture: Collection[int] = (),
+    ) -> Handle:
+        self.runner.copy(copies)
+        return _Done(self.runner.run(batch, capture))
+
+    def move(self, batch: Batch, moves: Moves) -> None:
+        self.runner.move(batch, moves)
+
+
+@dataclass(slots=True)
+class _Done:
+    output: Output
+
+    def result(self) -> Output:
+        return self.output
