@@ -1,0 +1,202 @@
+"""Between callers and the engine: text to tokens on the way in, tokens to text on the way out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hasten.api.output import Completion, Piece, RequestOutput
+from hasten.decoding.params import SamplingParams
+from hasten.decoding.text import TextStream
+from hasten.engine.engine import Engine, EngineConfig, RequestRefused
+from hasten.engine.request import Delta, Logprobs, Request
+from hasten.models.base import Decoder
+from hasten.models.loading import load_model, locate
+from hasten.models.tokenizer import Tokenizer
+from hasten.stack import Stack
+
+REFERENCE = Path(__file__).parent.parent / "reference"
+"""Folder of the models that come with the package: ``reference`` and ``reference-draft``."""
+
+_BUNDLED = {"reference": REFERENCE / "target", "reference-draft": REFERENCE / "draft"}
+
+
+def resolve(model: str | os.PathLike[str]) -> str:
+    """A bundled model's folder for its short name; anything else as it is."""
+    return str(_BUNDLED.get(str(model), model))
+
+
+@dataclass(slots=True)
+class _Output:
+    text: TextStream
+    parts: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] | None = None
+
+
+@dataclass(slots=True)
+class _Entry:
+    request: Request
+    prompt: str | None
+    outputs: list[_Output]
+
+
+class Frontend:
+    """A loaded model with its tokenizer and engine. Not thread-safe."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "reference",
+        *,
+        stack: str | dict[str, Any] | Stack | None = None,
+        max_sequences: int = 64,
+        max_batch_tokens: int = 512,
+        max_length: int | None = None,
+        kv_bytes: int | None = None,
+        prefix_reuse: bool = True,
+        progress: bool = False,
+        share: Decoder | None = None,
+    ) -> None:
+        """Sizes as for ``LLM``. ``share`` is an already loaded model of the same name, used if
+        its weights are of the type that the stack asks for."""
+        self.stack = Stack.parse(stack)
+        self.name = str(model)
+        self.folder = locate(resolve(model))
+        self.tokenizer = Tokenizer.load(self.folder)
+        dtype = self.stack["weights"].torch_dtype
+        if share is None or dtype not in (None, share.config.dtype):
+            share = load_model(self.folder, dtype=dtype, progress=progress)
+        self.engine = Engine(
+            share,
+            self.stack,
+            EngineConfig(
+                max_sequences=max_sequences,
+                max_batch_tokens=max_batch_tokens,
+                max_length=max_length,
+                kv_bytes=kv_bytes or _default_kv_bytes(),
+                prefix_reuse=prefix_reuse,
+                model_id=str(self.folder),
+            ),
+        )
+        self._entries: dict[str, _Entry] = {}
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+    ) -> Request:
+        """Queue a prompt (text or token ids). Raises ``RequestRefused`` if it can never run."""
+        params = params or SamplingParams()
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        texts = [
+            TextStream(
+                self.tokenizer.decode_stream(skip_special_tokens=params.skip_special_tokens),
+                params.stop,
+                params.include_stop,
+            )
+            for _ in range(params.n)
+        ]
+        request = self.engine.add(
+            ids,
+            params,
+            request_id=request_id,
+            tenant=tenant,
+            priority=priority,
+            bad_words=[self._bad_word(word) for word in params.bad_words],
+            texts=texts if params.stop else (),
+        )
+        keep = params.logprobs is not None
+        outputs = [_Output(text, logprobs=[] if keep else None) for text in texts]
+        text = prompt if isinstance(prompt, str) else None
+        self._entries[request.id] = _Entry(request, text, outputs)
+        return request
+
+    def _bad_word(self, word: str | Sequence[int]) -> list[int]:
+        ids = (
+            self.tokenizer.encode(word, add_special_tokens=False)
+            if isinstance(word, str)
+            else list(word)
+        )
+        if not ids:
+            raise RequestRefused("bad_words holds an empty entry")
+        return ids
+
+    def step(self) -> list[Piece]:
+        """One engine step; returns what it added, as text."""
+        return self._pieces(self.engine.step())
+
+    def abort(self, request_id: str) -> list[Piece]:
+        """End a request; its last pieces say ``finish_reason="abort"``."""
+        return self._pieces(self.engine.abort(request_id))
+
+    def _pieces(self, deltas: Iterable[Delta]) -> list[Piece]:
+        pieces = []
+        for delta in deltas:
+            sequence = delta.sequence
+            entry = self._entries.get(sequence.request.id)
+            if entry is None:
+                continue  # its consumer went away in the meantime
+            output = entry.outputs[sequence.index]
+            if delta.text is not None:
+                text = delta.text
+            elif sequence.text is not None:  # the engine follows it, and had nothing to add
+                text = ""
+            else:
+                text = output.text.push(delta.tokens)
+            if sequence.finish_reason is not None:
+                text += output.text.finish()
+            output.parts.append(text)
+            output.tokens += delta.tokens
+            if delta.logprobs is not None and output.logprobs is not None:
+                output.logprobs += delta.logprobs
+            pieces.append(
+                Piece(
+                    sequence.request.id,
+                    sequence.index,
+                    text,
+                    delta.tokens,
+                    delta.logprobs,
+                    sequence.finish_reason,
+                    sequence.error,
+                )
+            )
+        return pieces
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept about a request that ended; unknown ids are normal."""
+        self._entries.pop(request_id, None)
+
+    def collect(self, request_id: str) -> RequestOutput:
+        """The whole result of a finished request; it is forgotten afterwards."""
+        entry = self._entries.pop(request_id)
+        request = entry.request
+        result = RequestOutput(
+            request_id, entry.prompt, request.prompt, prompt_logprobs=request.prompt_logprobs
+        )
+        for sequence, output in zip(request.sequences, entry.outputs, strict=True):
+            assert sequence.finish_reason is not None, "collect() before the request finished"
+            result.outputs.append(
+                Completion(
+                    sequence.index,
+                    "".join(output.parts),
+                    output.tokens,
+                    sequence.finish_reason,
+                    sequence.figures,
+                    output.logprobs,
+                    sequence.error,
+                )
+            )
+        return result
+
+
+def _default_kv_bytes() -> int:
+    """A quarter of the memory that is free now, at most 2 GiB."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(2 << 30, max(free // 4, 64 << 20))

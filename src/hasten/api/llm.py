@@ -1,0 +1,221 @@
+"""Offline use: prompts in, outputs back, all in the calling thread."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hasten.api.frontend import Frontend
+from hasten.api.output import Piece, RequestOutput, Score
+from hasten.decoding.params import SamplingParams
+from hasten.engine.engine import Engine, EngineStats
+from hasten.engine.request import Figures
+from hasten.stack import Stack
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A language model ready to decode.
+
+    >>> llm = LLM("reference", stack="draft=prompt-lookup")
+    >>> llm.generate("def add(a, b):", SamplingParams(max_tokens=16))[0].text
+
+    Args:
+        model: folder or hub id in Hugging Face layout, or ``reference``, the bundled one.
+        stack: one choice per slot, such as ``draft=prompt-lookup(k=8)``; see ``hasten methods``.
+        max_sequences: sequences that run at the same time.
+        max_batch_tokens: rows of one step; longer prompts are computed in chunks.
+        max_length: longest sequence; None = what the model was made for.
+        kv_bytes: memory for keys and values; None = a quarter of the free memory, at most 2 GiB.
+        prefix_reuse: start from the pages of earlier prompts with the same beginning.
+        progress: show a bar while loading, on a terminal.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "reference",
+        *,
+        stack: str | dict[str, Any] | Stack | None = None,
+        max_sequences: int = 64,
+        max_batch_tokens: int = 512,
+        max_length: int | None = None,
+        kv_bytes: int | None = None,
+        prefix_reuse: bool = True,
+        progress: bool = False,
+    ) -> None:
+        self.frontend = Frontend(
+            model,
+            stack=stack,
+            max_sequences=max_sequences,
+            max_batch_tokens=max_batch_tokens,
+            max_length=max_length,
+            kv_bytes=kv_bytes,
+            prefix_reuse=prefix_reuse,
+            progress=progress,
+        )
+        self.last_figures: Figures | None = None
+        """Of the request that was last streamed."""
+
+    @property
+    def stack(self) -> Stack:
+        return self.frontend.stack
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.frontend.tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        return self.frontend.engine
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters of the engine since start."""
+        return self.frontend.engine.stats
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tenant: str = "",
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete prompts, in one continuous batch.
+
+        Args:
+            prompts: one prompt or several; each is text or token ids.
+            params: for all prompts, or one for each.
+            tenant: prompts share cached prefixes only within a tenant.
+            progress: show a bar on a terminal.
+
+        Returns:
+            One output per prompt, in their order.
+
+        Raises:
+            RequestRefused: a prompt can never run (empty, too long, bad parameter); nothing ran.
+        """
+        many = _as_list(prompts)
+        each = _broadcast(params, len(many))
+        ids: list[str] = []
+        try:
+            for prompt, p in zip(many, each, strict=True):
+                ids.append(self.frontend.submit(prompt, p, tenant=tenant).id)
+            self._drain(set(ids), progress)
+        except BaseException:  # Ctrl-C too: leave no request behind
+            for request_id in ids:
+                self.frontend.abort(request_id)
+            raise
+        return [self.frontend.collect(request_id) for request_id in ids]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, through the model's chat template."""
+        conversations: Sequence[Any] = messages
+        if messages and isinstance(messages[0], Mapping):
+            conversations = [messages]
+        prompts = [self.chat_prompt(c, tools=tools) for c in conversations]
+        return self.generate(prompts, params, progress=progress)
+
+    def chat_prompt(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """The token ids that a conversation becomes, ready for the assistant's turn."""
+        return self.frontend.tokenizer.chat_ids(messages, tools=tools)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, tenant: str = ""
+    ) -> Iterator[Piece]:
+        """Complete one prompt piece by piece. Leaving the loop early ends the request."""
+        request = self.frontend.submit(prompt, params, tenant=tenant)
+        try:
+            while not request.finished:
+                for piece in self.frontend.step():
+                    if piece.request_id == request.id:
+                        yield piece
+        finally:
+            self.frontend.abort(request.id)
+            self.frontend.forget(request.id)
+            self.last_figures = request.sequences[0].figures
+
+    def score(
+        self, texts: Prompt | Sequence[Prompt], contexts: Prompt | Sequence[Prompt] | None = None
+    ) -> list[Score]:
+        """Log-probabilities of given texts.
+
+        With ``contexts``, text i is scored as a continuation of context i; without, all its
+        tokens but the first are scored.
+        """
+        many = _as_list(texts)
+        befores = [None] * len(many) if contexts is None else _as_list(contexts)
+        if len(befores) != len(many):
+            raise ValueError(f"{len(many)} texts but {len(befores)} contexts")
+        prompts, firsts = [], []
+        for text, before in zip(many, befores, strict=True):
+            head = [] if before is None else self._ids(before)
+            prompts.append(head + self._ids(text, continues=before is not None))
+            firsts.append(max(1, len(head)))
+        params = SamplingParams(max_tokens=0, prompt_logprobs=1, temperature=0)
+        scores = []
+        for result, first in zip(self.generate(prompts, params), firsts, strict=True):
+            entries = (result.prompt_logprobs or [])[first:]
+            ids = result.prompt_token_ids[first:]
+            pairs = [(t, e) for t, e in zip(ids, entries, strict=True) if e is not None]
+            scores.append(
+                Score(
+                    [t for t, _ in pairs],
+                    [e[0] for _, e in pairs],
+                    [e[1][0][0] == t for t, e in pairs],
+                )
+            )
+        return scores
+
+    def _ids(self, prompt: Prompt, continues: bool = False) -> list[int]:
+        if isinstance(prompt, str):
+            return self.frontend.tokenizer.encode(prompt, add_special_tokens=not continues)
+        return list(prompt)
+
+    def _drain(self, ids: set[str], progress: bool) -> None:
+        requests = self.frontend.engine.requests
+        if not (progress and sys.stderr.isatty()):
+            while ids & requests.keys():
+                self.frontend.step()
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), Remaining())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=len(ids))
+            while left := ids & requests.keys():
+                bar.update(task, completed=len(ids) - len(left))
+                self.frontend.step()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _broadcast(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"{count} prompts but {len(params)} sampling parameters")
+    return list(params)
