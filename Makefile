@@ -1,0 +1,55 @@
+# `make demo` and `make test` are all a newcomer needs; both work on a fresh machine with
+# Python 3.11 or newer, a C++17 compiler and cmake.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Without a GPU the CPU build of torch is looked up first, so that no CUDA packages are pulled.
+TORCH ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test install lint types check soak docs clean
+
+demo: $(VENV)/.installed
+	$(BIN)/hasten run --workload code --limit 8 --max-tokens 64 --show
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+soak: $(VENV)/.installed-dev
+	HASTEN_EXAMPLES=200 $(BIN)/pytest -s tests/engine/test_randomized.py
+	$(BIN)/pytest -s -m soak tests/engine/test_randomized.py --timeout 7200
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m hasten.method_tables
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: anything that depends on it would otherwise pull the default (CUDA) build. A machine
+# with an NVIDIA GPU gets that default build; elsewhere an installed CPU build is kept.
+$(VENV)/.torch: | $(VENV)/bin/python
+	@if $(BIN)/python -c "import torch" 2>/dev/null; then :; \
+	elif command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q $(TORCH); \
+	else $(BIN)/pip install -q --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) \
+	  "$(TORCH)+cpu"; fi
+	@touch $@
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q "scikit-build-core>=0.10" "nanobind>=2.4" ninja
+	$(BIN)/pip install -q --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)

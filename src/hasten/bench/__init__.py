@@ -1,0 +1,1 @@
+"""Workloads, interleaved measurement, reports."""

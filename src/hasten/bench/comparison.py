@@ -1,0 +1,131 @@
+"""Interleaved measurement: every contestant once per round, in rotating order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from hasten.bench.contestants import Contestant, Run
+from hasten.bench.workloads import Item
+from hasten.decoding.params import SamplingParams
+
+
+@dataclass
+class Spread:
+    """Minimum, median and maximum of repeated measurements."""
+
+    values: list[float]
+
+    def __str__(self) -> str:
+        low, mid, high = min(self.values), median(self.values), max(self.values)
+        digits = 0 if mid >= 100 else 1 if mid >= 10 else 2
+        return f"{mid:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+    @property
+    def median(self) -> float:
+        return median(self.values)
+
+
+@dataclass
+class Row:
+    """What was measured of one contestant, with how its output relates to the baseline's."""
+
+    name: str
+    tokens_per_second: Spread
+    decode_per_second: Spread
+    ttft_ms: Spread
+    ratio: Spread
+    """Tokens per second relative to the first contestant, round by round."""
+    output: str
+    tau: float | None = None
+    outside: Spread | None = None
+    runs: list[Run] = field(default_factory=list, repr=False)
+
+
+def compare(
+    contestants: Sequence[Contestant],
+    items: Sequence[Item],
+    params: SamplingParams,
+    rounds: int = 5,
+    on_run: Callable[[str, int], None] = lambda name, round_: None,
+) -> list[Row]:
+    """Measure all contestants in the same minutes; the first one is the baseline.
+
+    One uncounted round warms up. The order rotates, so that no contestant always runs first.
+    """
+    runs: dict[str, list[Run]] = {c.name: [] for c in contestants}
+    if len(runs) != len(contestants):
+        raise ValueError("two contestants have the same name")
+    for round_ in range(rounds + 1):
+        turn = round_ % len(contestants)
+        for contestant in [*contestants[turn:], *contestants[:turn]]:
+            on_run(contestant.name, round_)
+            run = contestant.run(items, params)
+            if round_:
+                runs[contestant.name].append(run)
+    base = runs[contestants[0].name]
+    return [_row(c.name, runs[c.name], base) for c in contestants]
+
+
+def _row(name: str, runs: list[Run], base: list[Run]) -> Row:
+    outside = [r.outside for r in runs if r.outside is not None]
+    first = runs[0]
+    return Row(
+        name=name,
+        tokens_per_second=Spread([r.tokens_per_second for r in runs]),
+        decode_per_second=Spread([r.decode_per_second for r in runs]),
+        ttft_ms=Spread([1000 * median(r.ttft) for r in runs]),
+        ratio=Spread(
+            [r.tokens_per_second / b.tokens_per_second for r, b in zip(runs, base, strict=True)]
+        ),
+        output=agreement(first.tokens, base[0].tokens),
+        tau=sum(map(len, first.tokens.values())) / first.passes if first.accepted else None,
+        outside=Spread([100 * x for x in outside]) if outside else None,
+        runs=runs,
+    )
+
+
+def agreement(tokens: dict[str, list[int]], base: dict[str, list[int]]) -> str:
+    """How many outputs equal the baseline's, and how long the others agree with it."""
+    if tokens == base:
+        return f"equal ({len(base)} of {len(base)})"
+    same = sum(tokens.get(k) == v for k, v in base.items())
+    common = [
+        next(
+            (i for i, (a, b) in enumerate(zip(tokens.get(k, []), v, strict=False)) if a != b),
+            min(len(tokens.get(k, [])), len(v)),
+        )
+        for k, v in base.items()
+    ]
+    share = sum(common) / max(1, sum(map(len, base.values())))
+    return f"{same} of {len(base)} equal, {100 * share:.0f} % of tokens before a difference"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table: median (min-max)."""
+    head = (
+        "contestant",
+        "tokens/s",
+        "against first",
+        "decode tokens/s of one sequence",
+        "first token ms",
+        "output against first",
+        "tokens a pass",
+        "outside the forward %",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells: list[Any] = [
+            f"`{row.name}`",
+            row.tokens_per_second,
+            f"{row.ratio}x",
+            row.decode_per_second,
+            row.ttft_ms,
+            row.output,
+            "" if row.tau is None else f"{row.tau:.2f}",
+            row.outside or "",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)

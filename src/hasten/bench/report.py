@@ -1,0 +1,149 @@
+"""Reports that can be checked: figures with commit, hardware, versions and command."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hasten.bench.comparison import Row, table
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what a measurement was taken."""
+
+    command: str
+    date: str
+    commit: str
+    cpu: str
+    cores: int
+    threads: int
+    isa: str
+    versions: dict[str, str]
+
+    def markdown(self) -> str:
+        packages = ", ".join(f"{k} {v}" for k, v in self.versions.items())
+        return (
+            f"- command: `{self.command}`\n- date: {self.date}, commit: {self.commit}\n"
+            f"- machine: {self.cpu}, {self.cores} cores, {self.threads} threads, {self.isa}\n"
+            f"- versions: {packages}\n"
+        )
+
+
+def conditions() -> Conditions:
+    """Of this process, now."""
+    from hasten import _native
+
+    return Conditions(
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        date=datetime.date.today().isoformat(),
+        commit=_commit(),
+        cpu=_cpu(),
+        cores=os.cpu_count() or 0,
+        threads=_native.get_num_threads(),
+        isa=_native.isa(),
+        versions={"python": platform.python_version()}
+        | {name: v for name in ("hasten", "torch", "transformers") if (v := _version(name))},
+    )
+
+
+def write(folder: Path, title: str, rows: Sequence[Row], note: str = "") -> list[Path]:
+    """Write ``report.md``, ``report.json`` and ``report.png`` into a folder; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    under = conditions()
+    markdown = folder / "report.md"
+    image = _plot(folder / "report.png", title, rows)
+    picture = f"\n![{title}](report.png)\n" if image else ""
+    markdown.write_text(
+        f"# {title}\n\n{note}\n\n{table(rows)}\n{picture}\n"
+        f"Median (min-max) over {len(rows[0].runs)} interleaved rounds.\n\n{under.markdown()}"
+    )
+    data = folder / "report.json"
+    data.write_text(
+        json.dumps(
+            {"title": title, "conditions": vars(under), "rows": [_json(r) for r in rows]}, indent=1
+        )
+    )
+    return [markdown, data, *([image] if image else [])]
+
+
+def _json(row: Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "tokens_per_second": row.tokens_per_second.values,
+        "decode_per_second": row.decode_per_second.values,
+        "ttft_ms": row.ttft_ms.values,
+        "ratio": row.ratio.values,
+        "output": row.output,
+        "tau": row.tau,
+        "outside_percent": row.outside.values if row.outside else None,
+    }
+
+
+def _plot(path: Path, title: str, rows: Sequence[Row]) -> Path | None:
+    """A bar per contestant with its spread; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(rows) + 1.4))
+    values = [row.tokens_per_second for row in rows]
+    middle = [v.median for v in values]
+    spread = [
+        [m - min(v.values) for m, v in zip(middle, values, strict=True)],
+        [max(v.values) - m for m, v in zip(middle, values, strict=True)],
+    ]
+    axes.barh([row.name for row in rows], middle, xerr=spread, color="#4878a8", capsize=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second (median, min to max)")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _commit() -> str:
+    where = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=where,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

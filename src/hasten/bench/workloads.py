@@ -1,0 +1,139 @@
+"""Prompts to run and to measure with: real files, questions, and generated tasks.
+
+A workload is a list of ``Item``; each is what one line of ``hasten run``'s input says. Workloads
+are deterministic: the same name and count give the same prompts on the same interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hasten.training.corpus import split, standard_library
+
+
+@dataclass(frozen=True)
+class Item:
+    """One piece of work.
+
+    Exactly one of ``prompt`` (text or token ids) and ``turns`` (user messages, answered in order)
+    is given. ``params`` overrides the sampling parameters of the run.
+    """
+
+    id: str
+    prompt: str | tuple[int, ...] | None = None
+    turns: tuple[Any, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WorkloadError(ValueError):
+    """Input that cannot be used; the text names file and line, or what to set."""
+
+
+def code(count: int = 64, seed: int = 0) -> list[Item]:
+    """Completion prompts cut from standard-library files that no bundled model was trained on.
+
+    Each ends after the header of a function (and its docstring's first line, if it has one).
+    """
+    rng = random.Random(f"code {seed}")
+    items: list[Item] = []
+    files = split(standard_library())[1]
+    while len(items) < count:
+        lines = rng.choice(files).text.splitlines(keepends=True)
+        starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("def ")]
+        if not starts:
+            continue
+        at = rng.choice(starts)
+        prompt = "".join(lines[max(0, at - 40) : at + 1])[-2000:]
+        items.append(Item(f"code-{len(items)}", prompt, params={"max_tokens": 64}))
+    return items
+
+
+def spec_bench(count: int | None = None) -> list[Item]:
+    """Spec-Bench questions (chat, translation, summaries, QA, maths, retrieval; two-turn chats)."""
+    path = data_folder() / "prompts" / "spec_bench_even.jsonl"
+    return list(read_items(path))[:count]
+
+
+def random_tokens(count: int, length: int, output: int, vocab: int, seed: int = 0) -> list[Item]:
+    """Prompts of random tokens with forced output lengths: cost only, no meaning."""
+    rng = random.Random(f"random {seed}")
+    params = {"max_tokens": output, "ignore_eos": True, "temperature": 0}
+    return [
+        Item(f"random-{i}", tuple(rng.randrange(vocab) for _ in range(length)), params=params)
+        for i in range(count)
+    ]
+
+
+WORKLOADS: dict[str, Callable[..., list[Item]]] = {"code": code, "spec-bench": spec_bench}
+"""Workloads that need nothing but a count, by the name that the command line uses."""
+
+
+def workload(name: str, count: int | None = None) -> list[Item]:
+    """A named workload. Raises ``WorkloadError`` for an unknown name."""
+    if name not in WORKLOADS:
+        raise WorkloadError(f"no workload '{name}'; there are: {', '.join(WORKLOADS)}")
+    return WORKLOADS[name]() if count is None else WORKLOADS[name](count)
+
+
+def data_folder() -> Path:
+    """Where data that is not part of the project lies: ``$HASTEN_DATA``."""
+    folder = os.environ.get("HASTEN_DATA")
+    if folder is None or not Path(folder).is_dir():
+        raise WorkloadError(
+            "this workload reads external data: set HASTEN_DATA to the folder that holds it "
+            f"(prompts/, traces/, schemas/); it is {folder!r} now"
+        )
+    return Path(folder)
+
+
+def read_items(path: Path) -> Iterator[Item]:
+    """Lines of a JSONL file: ``prompt`` (text or token ids), ``turns`` or ``messages``.
+
+    ``id`` (or ``question_id``) names the line, else its number does; ``params`` holds sampling
+    parameters.
+
+    Raises:
+        WorkloadError: the file is missing, or a line is not one of these; it names the line.
+    """
+    try:
+        file = path.open(encoding="utf-8")
+    except OSError as error:
+        raise WorkloadError(f"cannot read {path}: {error.strerror}") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _item(line, f"{path}:{number}", number)
+
+
+def _item(line: str, where: str, number: int) -> Item:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise WorkloadError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(row, dict):
+        raise WorkloadError(f"{where}: expected an object, found {type(row).__name__}")
+    name = str(row.get("id", row.get("question_id", number)))
+    params = row.get("params", {})
+    if not isinstance(params, dict):
+        raise WorkloadError(f"{where}: 'params' must be an object")
+    given = [key for key in ("prompt", "turns", "messages") if key in row]
+    if len(given) != 1:
+        raise WorkloadError(f"{where}: needs exactly one of 'prompt', 'turns' and 'messages'")
+    value = row[given[0]]
+    if given[0] == "prompt":
+        if isinstance(value, list) and all(isinstance(t, int) for t in value):
+            return Item(name, tuple(value), params=params)
+        if isinstance(value, str):
+            return Item(name, value, params=params)
+        raise WorkloadError(f"{where}: 'prompt' must be text or a list of token ids")
+    if not isinstance(value, list) or not value:
+        raise WorkloadError(f"{where}: '{given[0]}' must be a list with something in it")
+    if given[0] == "messages":
+        return Item(name, turns=(value,), params=params)
+    return Item(name, turns=tuple(value), params=params)

@@ -1,0 +1,148 @@
+"""``hasten bench``: one stack, fixed shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hasten.cli import options as o
+
+app = typer.Typer(no_args_is_help=True, help="Measure one stack at fixed lengths.")
+
+InputLen = Annotated[int, typer.Option(help="Prompt tokens (random ids).")]
+OutputLen = Annotated[int, typer.Option(help="Generated tokens; end-of-sequence is ignored.")]
+Rounds = Annotated[int, typer.Option(help="Counted rounds; one more warms up.")]
+Peers = Annotated[bool, typer.Option("--peers", help="Also transformers (eager), interleaved.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def latency(
+    model: o.Model = "reference",
+    stack: o.StackText = None,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 64,
+    batch: Annotated[int, typer.Option(help="Sequences together.")] = 1,
+    rounds: Rounds = 5,
+    peers: Peers = False,
+    output: Output = None,
+    as_json: AsJson = False,
+    threads: o.Threads = None,
+) -> None:
+    """Time to first token and tokens per second of a fixed batch."""
+    with o.one_line_errors():
+        _measure(
+            "latency",
+            model,
+            stack,
+            batch,
+            input_len,
+            output_len,
+            batch,
+            rounds,
+            peers,
+            output,
+            as_json,
+            threads,
+        )
+
+
+@app.command()
+def throughput(
+    model: o.Model = "reference",
+    stack: o.StackText = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts in all.")] = 128,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 64,
+    batch: Annotated[int, typer.Option(help="Sequences that run at the same time.")] = 64,
+    rounds: Rounds = 3,
+    peers: Peers = False,
+    output: Output = None,
+    as_json: AsJson = False,
+    threads: o.Threads = None,
+) -> None:
+    """Tokens per second of many prompts in one continuous batch."""
+    with o.one_line_errors():
+        _measure(
+            "throughput",
+            model,
+            stack,
+            num_prompts,
+            input_len,
+            output_len,
+            batch,
+            rounds,
+            peers,
+            output,
+            as_json,
+            threads,
+        )
+
+
+def _measure(
+    what: str,
+    model: str,
+    stack: str | None,
+    count: int,
+    input_len: int,
+    output_len: int,
+    batch: int,
+    rounds: int,
+    peers: bool,
+    output: Path | None,
+    as_json: bool,
+    threads: int | None,
+) -> None:
+    o.set_threads(threads)
+    from hasten.api.figures import bandwidth_share
+    from hasten.api.frontend import Frontend
+    from hasten.bench import comparison, report
+    from hasten.bench.contestants import Contestant, HastenContestant, TransformersContestant
+    from hasten.bench.workloads import random_tokens
+
+    front = Frontend(model, stack=stack, max_sequences=batch, progress=True)
+    vocab = front.engine.model.config.vocab_size
+    items = random_tokens(count, input_len, output_len, vocab)
+    contestants: list[Contestant] = [HastenContestant(f"hasten {front.stack}", front)]
+    if peers:
+        dtype = front.engine.model.config.dtype
+        contestants.append(TransformersContestant(str(front.folder), dtype, front.tokenizer))
+    params = o.sampling(max_tokens=output_len, temperature=0.0)
+    rows = comparison.compare(contestants, items, params, rounds)
+    achieved, achievable = bandwidth_share(front.engine)
+    shape = f"{count} prompts of {input_len} tokens, {output_len} generated, batch {batch}"
+    share = (
+        f"decode steps move {achieved / 1e9:.1f} GB/s, {100 * achieved / achievable:.0f} % of the "
+        f"{achievable / 1e9:.1f} GB/s that a plain read of as many bytes reaches"
+    )
+    if as_json:
+        print(json.dumps(_json(rows, shape, achieved, achievable, report.conditions())))
+    else:
+        print(comparison.table(rows))
+        print(f"\n{shape}; {share}.\n{report.conditions().markdown()}")
+    if output is not None:
+        title = f"{what}: {model}"
+        report.write(output, title, rows, f"{shape}; {share}.")
+
+
+def _json(rows: Any, shape: str, achieved: float, achievable: float, under: Any) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "decode_bytes_per_second": achieved,
+        "read_bytes_per_second": achievable,
+        "conditions": vars(under),
+        "rows": [
+            {
+                "name": row.name,
+                "tokens_per_second": row.tokens_per_second.values,
+                "decode_per_second": row.decode_per_second.values,
+                "ttft_ms": row.ttft_ms.values,
+                "outside_percent": row.outside.values if row.outside else None,
+            }
+            for row in rows
+        ],
+    }

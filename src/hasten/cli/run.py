@@ -1,0 +1,236 @@
+"""``hasten run``: a file of prompts in, a file of answers out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from hasten.cli import options as o
+
+if TYPE_CHECKING:
+    from hasten.api.run_items import Event, Progress
+    from hasten.bench.workloads import Item
+
+
+def run(
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            help="JSONL; each line has 'prompt', 'turns' or 'messages', and may have 'id' and "
+            "'params'. Leave it out with --workload."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSONL to append to; finished ids are skipped."),
+    ] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="Built-in prompts instead of a file: code, spec-bench.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many prompts.")] = None,
+    model: o.Model = "reference",
+    stack: o.StackText = None,
+    max_tokens: o.MaxTokens = 256,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    min_p: o.MinP = None,
+    seed: o.Seed = None,
+    stop: o.Stop = None,
+    batch: Annotated[int, typer.Option(help="Sequences that run at the same time.")] = 64,
+    show: Annotated[
+        bool, typer.Option("--show", help="Stream the answers to standard output, in input order.")
+    ] = False,
+    truncate: Annotated[
+        bool, typer.Option(help="Cut prompts that are too long (their left end).")
+    ] = False,
+    threads: o.Threads = None,
+) -> None:
+    """Answer many prompts in one continuous batch.
+
+    Interrupted runs resume: the same command goes on where the output file ends.
+
+    Example: hasten run questions.jsonl -o answers.jsonl --stack draft=prompt-lookup
+    """
+    with o.one_line_errors(), ExitStack() as cleanup:
+        if (source is None) == (workload is None):
+            o.fail("give either a JSONL file or --workload")
+        if output is None and not show:
+            o.fail("say where the answers go: --output FILE, or --show for the terminal")
+        o.set_threads(threads)
+        from hasten.api.figures import line_of_figures
+        from hasten.api.llm import LLM
+        from hasten.api.run_items import ItemRunner
+        from hasten.bench import workloads
+
+        params = o.sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+        )
+        if workload is not None:
+            items = workloads.workload(workload, limit)
+        else:
+            assert source is not None
+            items = list(workloads.read_items(source))[:limit]
+        done = _finished(output) if output is not None else set()
+        todo = [item for item in items if item.id not in done]
+        if done:
+            print(
+                f"hasten: resuming, {len(items) - len(todo)} of {len(items)} done before",
+                file=sys.stderr,
+            )
+        if not todo:
+            return
+        llm = LLM(model, stack=stack, max_sequences=batch, progress=True)
+        sink = cleanup.enter_context(output.open("a")) if output is not None else None
+        runner = ItemRunner(llm.frontend, params, truncate)
+        screen = _InOrder(todo, sys.stdout) if show else None
+        began, results, errors, finished = time.perf_counter(), [], 0, 0
+        events = runner.run(todo)
+        cleanup.callback(events.close)
+        try:
+            for event in _with_bar(events, llm, len(todo), shown=show):
+                if screen is not None:
+                    screen.take(event)
+                if event.done:
+                    finished += 1
+                    errors += event.progress.error is not None
+                    results += event.progress.results
+                    for result in event.progress.results:
+                        result.prompt_token_ids = []  # only the figures are needed from here on
+                    if sink is not None:
+                        sink.write(json.dumps(_row(event.progress), ensure_ascii=False) + "\n")
+                        sink.flush()
+        except KeyboardInterrupt:
+            again = "" if output is None else "; the same command goes on from here"
+            print(f"\nhasten: interrupted after {finished} of {len(todo)}{again}", file=sys.stderr)
+            raise typer.Exit(130) from None
+        seconds = time.perf_counter() - began
+        print(
+            f"{finished} prompts in {seconds:.1f} s, {errors} errors | "
+            + line_of_figures(llm, results, seconds),
+            file=sys.stderr,
+        )
+        if errors:
+            raise typer.Exit(1)
+
+
+def _row(progress: Progress) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": progress.item.id,
+        "outputs": [result.text for result in progress.results],
+        "finish_reasons": [result.outputs[0].finish_reason for result in progress.results],
+        "figures": [
+            {
+                "ttft": c.figures.ttft,
+                "tokens": len(c.token_ids),
+                "passes": c.figures.steps,
+                "drafted": c.figures.drafted,
+                "accepted": c.figures.accepted,
+                "cached_tokens": c.figures.cached_tokens,
+                "preemptions": c.figures.preemptions,
+            }
+            for result in progress.results
+            for c in result.outputs[:1]
+        ],
+    }
+    if progress.error is not None:
+        row["error"] = progress.error
+    return row
+
+
+def _finished(output: Path) -> set[str]:
+    """Ids in an earlier output. A half-written last line is cut off, so that it is redone."""
+    if not output.exists():
+        return set()
+    data = output.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with output.open("rb+") as file:
+            file.truncate(len(whole))
+    done = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            done.add(str(json.loads(line)["id"]))
+        except (ValueError, KeyError, TypeError):
+            o.fail(f"{output}:{number} is not a line that 'hasten run' wrote; choose another file")
+    return done
+
+
+class _InOrder:
+    """Streams the item whose turn it is, and holds back the text of those behind it."""
+
+    def __init__(self, items: list[Item], out: TextIO) -> None:
+        self._order = [item.id for item in items]
+        self._held: dict[str, list[str]] = {}
+        self._ended: set[str] = set()
+        self._at = 0
+        self._out = out
+
+    def take(self, event: Event) -> None:
+        name = event.progress.item.id
+        parts = self._held.setdefault(name, [])
+        if not parts and event.piece is not None and event.piece.index == 0:
+            item = event.progress.item
+            shown = item.prompt if item.prompt is not None else item.turns[0]
+            parts.append(f"\n[{name}] {_last_line(shown)}")
+        if event.piece is not None and event.piece.index == 0:
+            parts.append(event.piece.text)
+        if event.done:
+            if event.progress.error:
+                parts.append(f"\n[{name}] error: {event.progress.error}")
+            parts.append("\n")
+            self._ended.add(name)
+        while self._at < len(self._order):
+            current = self._order[self._at]
+            for text in self._held.get(current, ()):
+                self._out.write(text)
+            self._held[current] = [""]  # the heading is out
+            if current not in self._ended:
+                break
+            del self._held[current]
+            self._at += 1
+        self._out.flush()
+
+
+def _last_line(prompt: Any) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt)
+    return text[-300:].rstrip("\n").rsplit("\n", 1)[-1]
+
+
+def _with_bar(events: Iterator[Event], llm: Any, total: int, shown: bool) -> Iterator[Event]:
+    """The events, with a progress bar on standard error if that is a terminal of its own."""
+    if shown or not sys.stderr.isatty():
+        yield from events
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        began, finished = time.perf_counter(), 0
+        for event in events:
+            finished += event.done
+            rate = llm.stats.tokens / (time.perf_counter() - began)
+            engine = llm.engine
+            bar.update(
+                task,
+                completed=finished,
+                description=f"{rate:.0f} tokens/s, {len(engine.running)} running, "
+                f"{len(engine.waiting)} waiting, {100 * engine.cache.usage:.0f} % of pages",
+            )
+            yield event

@@ -1,0 +1,86 @@
+"""Shared: tiny random models built in memory, and hypothesis profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from hasten.models.base import Decoder
+from hasten.models.checkpoint import Facts
+
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("default")
+
+
+class RandomWeights:
+    """Generated tensors in place of a checkpoint: the same name and seed give the same values."""
+
+    dtype = torch.float32
+
+    def __init__(self, seed: int, scale: float) -> None:
+        self.seed = seed
+        self.scale = scale
+
+    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash_of(name) + self.seed)
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            return 1 + 0.1 * values if "norm" in name else 0.1 * values
+        return self.scale * values
+
+
+def hash_of(text: str) -> int:
+    """A hash that does not change between runs."""
+    return int.from_bytes(text.encode()[-8:], "little") % (2**31)
+
+
+def tiny_facts(model_type: str = "llama", **changes: Any) -> Facts:
+    return Facts(
+        {
+            "model_type": model_type,
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "eos_token_id": 1,
+            "bos_token_id": 0,
+            "hidden_act": "silu",
+            **changes,
+        },
+        Path("tiny/config.json"),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Decoder]:
+    """Builds a tiny random decoder: ``tiny("llama", seed=0, vocab_size=61, ...)``."""
+    import importlib
+
+    made: dict[str, Decoder] = {}
+
+    def make(
+        model_type: str = "llama", seed: int = 0, scale: float = 0.25, **changes: Any
+    ) -> Decoder:
+        key = repr((model_type, seed, scale, sorted(changes.items())))
+        if key not in made:
+            module = importlib.import_module(f"hasten.models.{model_type}")
+            config = module.configure(tiny_facts(model_type, **changes), torch.float32)
+            model = module.Model(config, RandomWeights(seed, scale))
+            model.sampling_defaults = {"temperature": 0.0}
+            made[key] = model
+        return made[key]
+
+    return make
