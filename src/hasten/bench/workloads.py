@@ -50,7 +50,7 @@ def code(count: int = 64, seed: int = 0) -> list[Item]:
             continue
         at = rng.choice(starts)
         prompt = "".join(lines[max(0, at - 40) : at + 1])[-2000:]
-        items.append(Item(f"code-{len(items)}", prompt, params={"max_tokens": 64}))
+        items.append(Item(f"code-{len(items)}", prompt))
     return items
 
 

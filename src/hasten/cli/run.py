@@ -185,7 +185,7 @@ class _InOrder:
         if not parts and event.piece is not None and event.piece.index == 0:
             item = event.progress.item
             shown = item.prompt if item.prompt is not None else item.turns[0]
-            parts.append(f"\n[{name}] {_last_line(shown)}")
+            parts.append(f"\n[{name}] {_last_line(shown)}\n")
         if event.piece is not None and event.piece.index == 0:
             parts.append(event.piece.text)
         if event.done:
