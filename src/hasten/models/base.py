@@ -1,0 +1,243 @@
+"""What every architecture is made of: its facts, its weights, its layers and one forward pass.
+
+An architecture is one module named after the ``model_type`` of config.json. It offers
+
+- ``configure(facts, dtype) -> ModelConfig``: reads and checks config.json;
+- ``Model(config, weights)``: a `Decoder` that names each tensor it takes from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hasten.cache.layout import KVLayout, uniform_layout
+from hasten.engine.batch import Batch
+from hasten.kernels.linear import PackedWeight
+from hasten.models.checkpoint import Facts
+from hasten.models.layers import Rope, RopeFacts, rope_facts
+
+# Larger sizes than any model has; a bound on what a hostile config.json can make us allocate.
+MAX_LAYERS = 4096
+MAX_HEADS = 65536
+LAYER_KINDS = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The facts that architectures share; an architecture with more of them adds a subclass.
+
+    Attributes:
+        architecture: ``model_type`` of config.json, and the name of the module.
+        max_positions: positions the checkpoint was made for.
+        windows: for each layer how many positions a row sees, itself included; None = all.
+        tied: the output head is the embedding.
+        eos_ids: tokens that end a text (generation_config.json before config.json).
+        dtype: of the stored matrices. Activations and norms are always float32.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    windows: tuple[int | None, ...]
+    norm_eps: float
+    rope: RopeFacts
+    tied: bool
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    dtype: torch.dtype
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What methods may need of a model (``hasten.methods.NEEDS``)."""
+        full = any(window is None for window in self.windows)
+        return frozenset({"full-attention-layers"} if full else ())
+
+    def kv_layout(self, dtype: torch.dtype = torch.float32) -> KVLayout:
+        """Layer groups for a page pool: layers with equal windows share page tables."""
+        return uniform_layout(
+            self.num_layers, self.num_kv_heads, self.head_dim, self.windows, dtype
+        )
+
+
+def common_facts(
+    facts: Facts,
+    dtype: torch.dtype,
+    *,
+    rope_theta: float = 10000.0,
+    norm_eps: float = 1e-6,
+    head_dim: int | None = None,
+    tied: bool = False,
+) -> dict[str, Any]:
+    """The fields of `ModelConfig` that all architectures spell alike; windows are left open.
+
+    The keywords are what the architecture assumes where config.json is silent.
+    """
+    heads = facts.count("num_attention_heads", most=MAX_HEADS)
+    kv_heads = facts.count("num_key_value_heads", heads, most=MAX_HEADS)
+    hidden = facts.count("hidden_size")
+    if heads % kv_heads:
+        raise facts.wrong(f"'num_key_value_heads' {kv_heads} does not divide {heads} heads")
+    head_dim = facts.count("head_dim", head_dim or max(1, hidden // heads), most=MAX_HEADS)
+    bos_ids = facts.token_ids("bos_token_id")
+    return {
+        "architecture": facts.values["model_type"],
+        "vocab_size": facts.count("vocab_size"),
+        "hidden_size": hidden,
+        "ffn_size": facts.count("intermediate_size"),
+        "num_layers": facts.count("num_hidden_layers", most=MAX_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_positions": facts.count("max_position_embeddings", 2048),
+        "norm_eps": facts.number("rms_norm_eps", norm_eps),
+        "rope": rope_facts(facts, head_dim, rope_theta),
+        "tied": facts.flag("tie_word_embeddings", tied),
+        "eos_ids": facts.token_ids("eos_token_id"),
+        "bos_id": bos_ids[0] if bos_ids else None,
+        "dtype": dtype,
+    }
+
+
+def layer_windows(facts: Facts, windowed: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """The window of each layer: from ``layer_types`` if stated, else where ``windowed(layer)``."""
+    layers = facts.count("num_hidden_layers", most=MAX_LAYERS)
+    kinds = facts.values.get("layer_types")
+    if kinds is None:
+        slides = [windowed(layer) for layer in range(layers)]
+    else:
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise facts.wrong(f"'layer_types' must list {layers} layers")
+        if unknown := [kind for kind in kinds if kind not in LAYER_KINDS]:
+            raise facts.wrong(f"'layer_types' holds {unknown[0]!r}, not one of {LAYER_KINDS}")
+        slides = [kind == "sliding_attention" for kind in kinds]
+    if not any(slides):
+        return (None,) * layers
+    window = facts.count("sliding_window")
+    return tuple(window if slide else None for slide in slides)
+
+
+class Weights(Protocol):
+    """Where a model's tensors come from: a checkpoint, or generated ones."""
+
+    dtype: torch.dtype
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of that name as stored; its shape is checked before it is read."""
+
+
+class KV(Protocol):
+    """The keys and values that a forward pass reads and extends."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: Rope,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Rotate q and k, store k and v, and return what q [R, Hq, D] sees as [R, Hq * D].
+
+        k and v are [R, Hkv, D]; q may be overwritten.
+        """
+
+
+@dataclass(slots=True)
+class Hidden:
+    """Result of a forward pass.
+
+    Attributes:
+        rows: float32 [R, H], the residual stream after the last layer that ran.
+        captured: the same after each layer whose capture was asked for.
+    """
+
+    rows: Tensor
+    captured: dict[int, Tensor] = field(default_factory=dict)
+
+
+def _collect(part: Any, found: dict[int, PackedWeight]) -> None:
+    """All packed weights that an object holds, directly or in its parts."""
+    if isinstance(part, PackedWeight):
+        found[id(part)] = part
+    elif isinstance(part, list | tuple):
+        for inner in part:
+            _collect(inner, found)
+    elif type(part).__module__.startswith("hasten.models") and hasattr(part, "__dict__"):
+        for inner in vars(part).values():
+            _collect(inner, found)
+
+
+class Decoder(ABC):
+    """A decoder-only language model. Holds weights only, so one instance serves any runner."""
+
+    config: ModelConfig
+    sampling_defaults: dict[str, Any]
+    """Defaults for sampling from generation_config.json; set by the loader."""
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of the matrices that one pass reads: all but an embedding that is no head.
+
+        For a mixture of experts this counts every expert, as a full batch reads them.
+        """
+        found: dict[int, PackedWeight] = {}
+        _collect(self, found)
+        unread = 0 if self.config.tied else self.config.vocab_size * self.config.hidden_size
+        return sum(w.nbytes for w in found.values()) - unread * self.config.dtype.itemsize
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 [R] to the residual stream float32 [R, H]."""
+
+    @abstractmethod
+    def layer(self, index: int, hidden: Tensor, kv: KV) -> Tensor:
+        """One layer: the residual stream [R, H] before it to the one after it."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final norm and output matrix: rows [n, H] to logits float32 [n, V]."""
+
+    def forward(
+        self,
+        batch: Batch,
+        kv: KV,
+        *,
+        layers: range | None = None,
+        hidden: Tensor | None = None,
+        capture: Collection[int] = (),
+    ) -> Hidden:
+        """Run ``layers`` (all by default) over the rows of ``batch``.
+
+        ``hidden`` [R, H] replaces the embedded tokens: a mix of embeddings, or the stream where
+        an earlier pass stopped. It is not changed.
+        """
+        rows = self.embed(torch.from_numpy(batch.tokens)) if hidden is None else hidden
+        captured: dict[int, Tensor] = {}
+        for index in range(self.config.num_layers) if layers is None else layers:
+            rows = self.layer(index, rows, kv)
+            if index in capture:
+                captured[index] = rows
+        return Hidden(rows, captured)
+
+    def logits(self, hidden: Hidden, wanted: NDArray[Any]) -> Tensor:
+        """Logits float32 [n, V] of the wanted rows, in their order."""
+        if len(wanted) == len(hidden.rows):
+            return self.head(hidden.rows)  # wanted is ascending and unique: all rows
+        return self.head(hidden.rows[torch.from_numpy(wanted)])

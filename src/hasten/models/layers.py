@@ -1,0 +1,267 @@
+"""Parts that architectures share. All activations are float32 [R, ...], one row a token.
+
+Only the kernels compute across features, and each computes a row the same way whatever the other
+rows are; the rest is element by element. That is what makes logits independent of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hasten.kernels.activation import gated
+from hasten.kernels.linear import PackedWeight, linear, pack
+from hasten.kernels.rms_norm import rms_norm
+from hasten.models.checkpoint import CheckpointError, Facts
+
+if TYPE_CHECKING:
+    from hasten.models.base import KV, ModelConfig, Weights
+
+
+def vector(weights: Weights, name: str, size: int) -> Tensor:
+    """A norm weight or bias, always float32."""
+    return weights.get(name, (size,)).float().clone()
+
+
+class Linear:
+    """``y = x W^T + b``; the matrices of several projections of the same x are stacked.
+
+    Source: the stacking of query, key, value (and of gate, up) reads x once and makes one kernel
+    call of three; each output feature is still its own sum, so the bits do not change.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    @classmethod
+    def load(
+        cls, weights: Weights, outputs: dict[str, int], inputs: int, bias: bool = False
+    ) -> Linear:
+        """Stack the checkpoint's ``<name>.weight`` [rows, inputs], in the order of ``outputs``."""
+        parts = [
+            weights.get(f"{name}.weight", (rows, inputs)).to(weights.dtype)
+            for name, rows in outputs.items()
+        ]
+        packed = pack(parts[0] if len(parts) == 1 else torch.cat(parts))
+        if not bias:
+            return cls(packed)
+        biases = [vector(weights, f"{name}.bias", rows) for name, rows in outputs.items()]
+        return cls(packed, torch.cat(biases))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class GatedMLP:
+    """``down(act(gate(x)) * up(x))`` with gate and up as one matrix."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        gate: str,
+        up: str,
+        down: str,
+        activation: str = "silu",
+        bias: bool = False,
+    ) -> None:
+        hidden, ffn = config.hidden_size, config.ffn_size
+        self.gate_up = Linear.load(weights, {gate: ffn, up: ffn}, hidden, bias)
+        self.down = Linear.load(weights, {down: hidden}, ffn, bias)
+        self.activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(gated(self.gate_up(x), self.activation))
+
+
+class Attention:
+    """Grouped-query attention of one layer, with optional biases and query/key norms.
+
+    ``q_norm`` and ``k_norm`` [D] are root-mean-square norms of each head before the rotation
+    (Qwen 3). ``scale`` multiplies the scores, ``softcap`` bounds them (Gemma 2).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        layer: int,
+        rope: Rope,
+        *,
+        q: str,
+        k: str,
+        v: str,
+        out: str,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        self.layer = layer
+        self.rope = rope
+        self.head_dim = config.head_dim
+        self.q_heads = config.num_heads
+        self.qk_heads = config.num_heads + config.num_kv_heads
+        self.all_heads = self.qk_heads + config.num_kv_heads
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        outputs = {q: q_size, k: kv_size, v: kv_size}
+        self.qkv = Linear.load(weights, outputs, config.hidden_size, qkv_bias)
+        self.out = Linear.load(weights, {out: config.hidden_size}, q_size, out_bias)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.eps = config.norm_eps
+        self.scale = config.head_dim**-0.5 if scale is None else scale
+        self.softcap = softcap
+
+    def __call__(self, x: Tensor, kv: KV) -> Tensor:
+        heads = self.qkv(x).view(x.shape[0], self.all_heads, self.head_dim)  # [R, Hq + 2 Hkv, D]
+        q = heads[:, : self.q_heads]
+        k = heads[:, self.q_heads : self.qk_heads]
+        v = heads[:, self.qk_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm, self.eps)
+            k = rms_norm(k, self.k_norm, self.eps)
+        seen = kv.attend(self.layer, q, k, v, self.rope, scale=self.scale, softcap=self.softcap)
+        return self.out(seen)
+
+
+@dataclass(frozen=True)
+class RopeFacts:
+    """Rotary embedding as config.json states it.
+
+    Attributes:
+        frequencies: angle per position of each pair of dimensions, float32 values [D / 2].
+        magnitude: multiplies cosines and sines (YaRN's attention temperature).
+    """
+
+    frequencies: tuple[float, ...]
+    magnitude: float = 1.0
+
+
+class Rope:
+    """Cosines and sines by position; the tables grow to the longest position asked for.
+
+    The angle is the float32 product of position and frequency, as in the training code of the
+    checkpoints; its cosine is taken in float64 and rounded, so that the table does not depend on
+    the vector width or thread count it was made with.
+    """
+
+    def __init__(self, facts: RopeFacts) -> None:
+        self._frequencies = torch.tensor(facts.frequencies, dtype=torch.float32)
+        self._magnitude = facts.magnitude
+        self._tables = self._compute(0, 2048)
+
+    def _compute(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(start, end, dtype=torch.float32)
+        angles = (positions[:, None] * self._frequencies).double()
+        cos, sin = angles.cos() * self._magnitude, angles.sin() * self._magnitude
+        return cos.float(), sin.float()
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), float32 [at least length, D / 2]. Rows never change as the tables grow."""
+        cos, sin = tables = self._tables
+        if length <= cos.shape[0]:
+            return tables
+        more = self._compute(cos.shape[0], 1 << (length - 1).bit_length())
+        self._tables = tables = torch.cat([cos, more[0]]), torch.cat([sin, more[1]])
+        return tables
+
+
+def rope_facts(facts: Facts, head_dim: int, default_theta: float = 10000.0) -> RopeFacts:
+    """Frequencies from ``rope_parameters`` (transformers 5) or ``rope_theta``/``rope_scaling``."""
+    stated = facts.values.get("rope_parameters") or facts.values.get("rope_scaling") or {}
+    if not isinstance(stated, dict):
+        raise facts.wrong(f"rotary parameters must be an object, found {stated!r}")
+    rope = Facts(stated, facts.path)
+    kind = stated.get("rope_type") or stated.get("type") or "default"
+    theta = rope.number("rope_theta", facts.number("rope_theta", default_theta))
+    if head_dim % 2 or theta <= 1:
+        raise facts.wrong(
+            f"rotary embedding needs an even head_dim and theta > 1, not {head_dim}, {theta}"
+        )
+    for part in (rope, facts):
+        part.expect("partial_rotary_factor", 1.0)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / theta**exponents
+    if kind == "default":
+        return _facts(plain)
+    if kind == "dynamic":
+        raise CheckpointError(
+            "rope type 'dynamic' changes the angles of earlier positions with the current length, "
+            "so a stored key would depend on when it was computed",
+            facts.path,
+            "Set rope_parameters to 'linear' or 'yarn' with the same factor, or to 'default' and "
+            "stay within the original context.",
+        )
+    if kind == "linear":
+        return _facts(plain / rope.number("factor"))
+    if kind == "llama3":
+        return _llama3(plain, rope, facts)
+    if kind == "yarn":
+        return _yarn(plain, rope, facts, head_dim, theta)
+    raise CheckpointError(
+        f"rope type {kind!r} is not supported; default, linear, llama3 and yarn are",
+        facts.path,
+        "Use another checkpoint.",
+    )
+
+
+def _facts(frequencies: Tensor, magnitude: float = 1.0) -> RopeFacts:
+    return RopeFacts(tuple(frequencies.tolist()), magnitude)
+
+
+def _original_context(rope: Facts, facts: Facts) -> int:
+    """Positions before the extension; where not stated, those after it."""
+    stated = facts.count("max_position_embeddings", 2048)
+    return rope.count("original_max_position_embeddings", stated)
+
+
+def _llama3(plain: Tensor, rope: Facts, facts: Facts) -> RopeFacts:
+    """Llama 3.1: long waves are slowed by ``factor``, short ones kept, those between blended."""
+    factor = rope.number("factor")
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    context = _original_context(rope, facts)
+    if high <= low:
+        raise rope.wrong(f"'high_freq_factor' {high} must exceed 'low_freq_factor' {low}")
+    wavelength = 2 * math.pi / plain
+    share = (context / wavelength - low) / (high - low)  # 0 at the long end, 1 at the short end
+    blended = (1 - share) * plain / factor + share * plain
+    slowed = torch.where(wavelength > context / low, plain / factor, blended)
+    return _facts(torch.where(wavelength < context / high, plain, slowed))
+
+
+def _yarn(plain: Tensor, rope: Facts, facts: Facts, head_dim: int, theta: float) -> RopeFacts:
+    """YaRN (arXiv 2309.00071): interpolate slow dimensions, keep fast ones, ramp between."""
+    context = _original_context(rope, facts)
+    factor = rope.number("factor", facts.count("max_position_embeddings", 2048) / context)
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) dimension that turns so many times within the original context."""
+        return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = dimension(rope.number("beta_fast", 32))
+    high = dimension(rope.number("beta_slow", 1))
+    if rope.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a ramp, without dividing by zero
+    ramp = ((torch.arange(len(plain), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    frequencies = plain / factor * ramp + plain * (1 - ramp)
+
+    def temperature(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
+        magnitude = temperature(rope.number("mscale")) / temperature(rope.number("mscale_all_dim"))
+    else:
+        magnitude = temperature(1.0)
+    return _facts(frequencies, rope.number("attention_factor", magnitude))

@@ -1,0 +1,205 @@
+"""From a path or hub id to a `Decoder`. No code from a checkpoint ever runs.
+
+The architecture is a module of this package, chosen by ``model_type`` among those that exist
+here; ``auto_map``, which would name Python files of the checkpoint, is never followed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hasten.models
+from hasten.models.base import Decoder, ModelConfig
+from hasten.models.checkpoint import CheckpointError, Facts, SafetensorsWeights, read_json
+
+__all__ = ["CheckpointError", "architectures", "load_config", "load_model", "locate"]
+
+log = logging.getLogger(__name__)
+
+PARTS = {"base", "chat_template", "checkpoint", "layers", "loading", "paged", "tokenizer"}
+"""Modules of this package that are not architectures."""
+
+HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+# Leftovers that carry no weights of their own.
+UNUSED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.masked_bias|lm_head\.weight")
+
+
+def architectures() -> list[str]:
+    """Values of ``model_type`` that can be loaded: the modules of this package."""
+    names = {module.name for module in pkgutil.iter_modules(hasten.models.__path__)}
+    return sorted(names - PARTS)
+
+
+def locate(path_or_hub_id: str | Path) -> Path:
+    """The folder of a checkpoint: a path as it is, or ``org/name[@revision]`` from the hub."""
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    match = HUB_ID.fullmatch(str(path_or_hub_id))
+    if folder.exists() or not match:
+        raise CheckpointError(
+            "not a folder" if folder.exists() else "no such folder, and not a hub id",
+            str(path_or_hub_id),
+            "Give the folder that holds config.json, or a hub id such as org/name or "
+            "org/name@revision.",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                match["id"],
+                revision=match["revision"],
+                allow_patterns=HUB_FILES,
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
+    except Exception as error:  # offline, gated, no such id or revision: told alike
+        detail = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"no such folder, and nothing from the hub ({type(error).__name__}: {detail})",
+            str(path_or_hub_id),
+            "Check the id and the network. Without a network give the path of a folder, or set "
+            "HF_HUB_OFFLINE=1 to use a copy that was downloaded earlier.",
+        ) from error
+
+
+def load_config(folder: Path, dtype: torch.dtype) -> ModelConfig:
+    """Facts of the model in a folder, without its weights."""
+    facts = read_facts(folder)
+    return _architecture(facts).configure(facts, dtype)
+
+
+def load_model(
+    path_or_hub_id: str | Path, dtype: torch.dtype | None = None, progress: bool = True
+) -> Decoder:
+    """Read a checkpoint in the Hugging Face layout.
+
+    ``dtype`` is that of the matrices: float32, bfloat16, or None for the checkpoint's own
+    (float16 widens to float32). With ``progress`` a bar is drawn if standard error is a terminal.
+    """
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"weights are held as float32 or bfloat16, not {dtype}")
+    folder = locate(path_or_hub_id)
+    facts = read_facts(folder)
+    module = _architecture(facts)
+    weights = SafetensorsWeights(folder, dtype or _stated_dtype(facts))
+    config = module.configure(facts, weights.dtype)
+    with _progress(weights, progress) as source:
+        model: Decoder = module.Model(config, source)
+    model.sampling_defaults = sampling_defaults(folder)
+    if unread := sorted(name for name in weights.unread if not UNUSED.fullmatch(name)):
+        log.warning(
+            "%s: %d tensors are not part of architecture %s and were ignored, among them %s",
+            folder,
+            len(unread),
+            config.architecture,
+            ", ".join(unread[:3]),
+        )
+    return model
+
+
+def read_facts(folder: Path) -> Facts:
+    """config.json, with the end tokens of generation_config.json where it states them."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            "no config.json", folder, "Give the folder of a checkpoint in the Hugging Face layout."
+        )
+    values = read_json(path)
+    if (eos := _generation_config(folder).get("eos_token_id")) is not None:
+        values["eos_token_id"] = eos
+    return Facts(values, path)
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """Sampling settings that the checkpoint recommends in generation_config.json."""
+    stated = Facts(_generation_config(folder), folder / "generation_config.json")
+    defaults: dict[str, Any] = {}
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        value = stated.values.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise stated.wrong(f"{name!r} must be a number, found {value!r}")
+        defaults[name] = value
+    if not stated.flag("do_sample", True):
+        defaults["temperature"] = 0.0
+    if eos_ids := stated.token_ids("eos_token_id"):
+        defaults["eos_ids"] = eos_ids
+    return defaults
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _architecture(facts: Facts) -> Any:
+    """The module for ``model_type``; the name is looked up among ours before any import."""
+    name, custom = facts.values.get("model_type"), "auto_map" in facts.values
+    known = architectures()
+    if name not in known:
+        needs = "needs Python code of its own, which hasten never runs" if custom else ""
+        raise CheckpointError(
+            f"unknown architecture {name!r} {needs}".rstrip(),
+            facts.path,
+            f"Supported values of model_type: {', '.join(known)}.",
+        )
+    if facts.states("quantization_config"):
+        raise CheckpointError(
+            "the weights are quantized, which is not supported as yet",
+            facts.path,
+            "Use the original, unquantized checkpoint.",
+        )
+    if custom:
+        log.warning("%s: 'auto_map' ignored; code from a checkpoint is never run", facts.path)
+    return importlib.import_module(f"hasten.models.{name}")
+
+
+def _stated_dtype(facts: Facts) -> torch.dtype | None:
+    """``dtype`` (transformers 5) or ``torch_dtype``; None leaves it to the stored tensors."""
+    name = facts.values.get("dtype") or facts.values.get("torch_dtype")
+    stated = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
+    return stated.get(name) if isinstance(name, str) else None
+
+
+class _Counted:
+    """Weights that advance a progress bar."""
+
+    def __init__(self, weights: SafetensorsWeights, advance: Any) -> None:
+        self.dtype = weights.dtype
+        self._weights = weights
+        self._advance = advance
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._weights.get(name, shape)
+        self._advance(tensor.nbytes)
+        return tensor
+
+
+@contextmanager
+def _progress(weights: SafetensorsWeights, wanted: bool) -> Iterator[Any]:
+    if not wanted or not sys.stderr.isatty():
+        yield weights
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=weights.total_bytes())
+        yield _Counted(weights, lambda nbytes: bar.advance(task, nbytes))

@@ -1,0 +1,113 @@
+"""Mixtral (model_type "mixtral"): arXiv 2401.04088. Mistral with routed experts.
+
+Each row goes to its k best experts, none is dropped for capacity, and their outputs are added in
+ascending order of expert id, so that a row's sum does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.kernels.embedding import embed
+from hasten.kernels.moe import route
+from hasten.kernels.rms_norm import add_rms_norm, rms_norm
+from hasten.models.base import KV, Decoder, ModelConfig, Weights, common_facts, layer_windows
+from hasten.models.checkpoint import Facts
+from hasten.models.layers import Attention, GatedMLP, Linear, Rope, vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    num_experts: int
+    experts_per_token: int
+
+
+def configure(facts: Facts, dtype: torch.dtype) -> Config:
+    facts.expect("hidden_act", "silu")
+    sliding = facts.states("sliding_window")
+    experts = facts.count("num_local_experts", 8)
+    return Config(
+        **common_facts(facts, dtype, rope_theta=1e6, norm_eps=1e-5),
+        windows=layer_windows(facts, lambda _: sliding),
+        num_experts=experts,
+        experts_per_token=facts.count("num_experts_per_tok", 2, most=experts),
+    )
+
+
+class Experts:
+    """``sum over chosen e of weight(e) * mlp_e(x)``, the weights of a row's choice adding to 1."""
+
+    def __init__(self, config: Config, weights: Weights, at: str) -> None:
+        self.chosen = config.experts_per_token
+        self.router = Linear.load(weights, {f"{at}.gate": config.num_experts}, config.hidden_size)
+        self.experts = [
+            GatedMLP(
+                config,
+                weights,
+                gate=f"{at}.experts.{expert}.w1",
+                up=f"{at}.experts.{expert}.w3",
+                down=f"{at}.experts.{expert}.w2",
+            )
+            for expert in range(config.num_experts)
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ids, share = route(self.router(x), self.chosen, True)
+        out = torch.zeros_like(x)
+        for expert in sorted(set(ids.flatten().tolist())):
+            rows, choice = torch.nonzero(ids == expert, as_tuple=True)
+            out[rows] += self.experts[expert](x[rows]) * share[rows, choice, None]
+        return out
+
+
+class Layer:
+    """Attention, then experts; each reads a normed copy and adds to the stream."""
+
+    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope) -> None:
+        at = f"model.layers.{index}"
+        self.eps = config.norm_eps
+        self.norm = vector(weights, f"{at}.input_layernorm.weight", config.hidden_size)
+        self.attention = Attention(
+            config,
+            weights,
+            index,
+            rope,
+            q=f"{at}.self_attn.q_proj",
+            k=f"{at}.self_attn.k_proj",
+            v=f"{at}.self_attn.v_proj",
+            out=f"{at}.self_attn.o_proj",
+        )
+        self.moe_norm = vector(weights, f"{at}.post_attention_layernorm.weight", config.hidden_size)
+        self.moe = Experts(config, weights, f"{at}.block_sparse_moe")
+
+    def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
+        attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
+        normed, hidden = add_rms_norm(attended, hidden, self.moe_norm, self.eps)
+        return hidden + self.moe(normed)
+
+
+class Model(Decoder):
+    def __init__(self, config: Config, weights: Weights) -> None:
+        self.config = config
+        rope = Rope(config.rope)
+        tokens = {"model.embed_tokens": config.vocab_size}
+        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
+        self.layers = [Layer(config, weights, i, rope) for i in range(config.num_layers)]
+        self.norm = vector(weights, "model.norm.weight", config.hidden_size)
+        self.output = (
+            Linear(self.embedding)
+            if config.tied
+            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return embed(tokens, self.embedding)
+
+    def layer(self, index: int, hidden: Tensor, kv: KV) -> Tensor:
+        return self.layers[index](hidden, kv)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output(rms_norm(hidden, self.norm, self.config.norm_eps))
