@@ -1,0 +1,120 @@
+// What an operation gets and the table of operations of one instruction set. Arguments are
+// checked by the bindings; strides are in elements; every innermost dimension is contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace hasten {
+
+constexpr int PAGE = 16;   // positions in a page  (hasten.cache.layout.PAGE_SIZE)
+constexpr int CHUNK = 64;  // positions in a chunk (hasten.cache.layout.CHUNK)
+
+struct LinearArgs {
+    const float* x;  // [rows, k]
+    int64_t x_stride, rows, k, n;
+    const void* w;  // [ceil(n / 16), k, 16], float or bf16
+    bool w_bf16;
+    const float* bias;  // [n] or null
+    float* out;         // [rows, n]
+    int64_t out_stride;
+};
+
+struct NormArgs {
+    const float* x;  // [outer, inner, size]
+    int64_t x_outer, x_inner;
+    const float* residual;  // as x, or null
+    int64_t residual_outer, residual_inner;
+    const float* weight;  // [size]
+    float eps;
+    int64_t outer, inner, size;
+    float* out;  // contiguous
+    float* sum;  // x + residual, contiguous; null without a residual
+};
+
+struct GatedArgs {
+    const float* x;  // [rows, 2 * size]: gate, up
+    int64_t x_stride, rows, size;
+    bool gelu;
+    float* out;  // [rows, size]
+};
+
+struct SoftcapArgs {
+    const float* x;
+    int64_t size;
+    float cap;
+    float* out;
+};
+
+struct MaxLseArgs {
+    const float* x;  // [rows, size]
+    int64_t x_stride, rows, size;
+    int64_t* argmax;
+    float *max, *lse;
+};
+
+struct RouteArgs {
+    const float* x;  // [rows, experts]
+    int64_t x_stride, rows, experts, top;
+    bool normalize;
+    int32_t* ids;  // [rows, top]
+    float* weights;
+};
+
+// Page tables and the pages of one layer.
+struct Pages {
+    void* k;  // [pages, heads, dim, PAGE]
+    void* v;  // [pages, heads, PAGE, padded]
+    bool bf16;
+    int64_t pages, heads, dim, padded;
+    const int32_t* table;  // [tables, groups, blocks]
+    int64_t tables, groups, blocks;
+};
+
+struct AppendArgs {
+    Pages pages;
+    float* q;  // [rows, q_heads, dim]
+    int64_t q_stride, q_heads;
+    const float *k, *v;  // [rows, groups * heads, dim]
+    int64_t k_stride, v_stride;
+    const float *cos, *sin;  // [positions, half]
+    int64_t half, rows;
+    const int32_t *positions, *slots, *table_row;
+};
+
+struct AttentionArgs {
+    Pages pages;
+    const float* q;  // [rows, q_heads, dim]
+    int64_t q_stride, q_heads, rows;
+    const int32_t *table_row, *positions, *base;
+    const uint64_t* mask;  // [rows, words]
+    int64_t words;
+    float scale, softcap;   // softcap 0: none
+    int64_t window, sinks;  // window 0: none
+    // rows of tile t: [tile_start[t], tile_start[t + 1]), all of one sequence
+    const int64_t* tile_start;
+    int64_t tiles, work;
+    float* out;        // [rows, q_heads, dim]
+    float* lse;        // [rows, q_heads] or null
+    int64_t* missing;  // set to 1 + row * blocks + block of a row that needs a page it lacks
+};
+
+struct Kernels {
+    void (*linear)(const LinearArgs&);
+    void (*rms_norm)(const NormArgs&);
+    void (*gated)(const GatedArgs&);
+    void (*softcap)(const SoftcapArgs&);
+    void (*row_max_lse)(const MaxLseArgs&);
+    void (*route)(const RouteArgs&);
+    void (*append)(const AppendArgs&);
+    void (*attention)(const AttentionArgs&);
+    void (*vector_math)(const float* x, int64_t size, bool tanh, float* out);  // for tests
+    double (*read)(const float* data, int64_t size);  // sum, for the bandwidth probe
+};
+
+// isa.cpp
+const Kernels& kernels();
+const char* isa();
+const char* set_isa(const char* name);  // null, or why not
+bool isa_supported(const char* name);
+
+}  // namespace hasten

@@ -1,0 +1,23 @@
+// The operations of one instruction set; each is defined in the file of its name.
+#pragma once
+
+#include "../kernels.h"
+#include "../parallel.h"
+#include "../simd.h"
+
+namespace hasten {
+namespace HASTEN_LEVEL {
+
+void linear(const LinearArgs&);
+void rms_norm(const NormArgs&);
+void gated(const GatedArgs&);
+void softcap(const SoftcapArgs&);
+void row_max_lse(const MaxLseArgs&);
+void route(const RouteArgs&);
+void append(const AppendArgs&);
+void attention(const AttentionArgs&);
+void vector_math(const float* x, int64_t size, bool tanh, float* out);
+double read(const float* data, int64_t size);
+
+}  // namespace HASTEN_LEVEL
+}  // namespace hasten

@@ -1,0 +1,65 @@
+"""The C++ kernels. Use them through ``hasten.kernels``; shapes and types are checked here."""
+
+from torch import Tensor
+
+def linear(x: Tensor, w: Tensor, n: int, bias: Tensor | None, out: Tensor) -> None: ...
+def pack(weight: Tensor, out: Tensor) -> None: ...
+def unpack(w: Tensor, n: int, out: Tensor) -> None: ...
+def embed(ids: Tensor, w: Tensor, n: int, out: Tensor) -> None: ...
+def rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    sum: Tensor | None,
+) -> None: ...
+def gated(x: Tensor, gelu: bool, out: Tensor) -> None: ...
+def softcap(x: Tensor, cap: float, out: Tensor) -> None: ...
+def row_max_lse(logits: Tensor, argmax: Tensor, max: Tensor, lse: Tensor) -> None: ...
+def route(router_logits: Tensor, k: int, normalize: bool, ids: Tensor, weights: Tensor) -> None: ...
+def append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    table_row: Tensor,
+    table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+) -> None: ...
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    table_row: Tensor,
+    positions: Tensor,
+    base: Tensor,
+    mask: Tensor,
+    scale: float,
+    window: int,
+    sinks: int,
+    softcap: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None: ...
+def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor) -> None: ...
+def move_slots(
+    k: Tensor, v: Tensor, table: Tensor, table_row: Tensor, src_slot: Tensor, dst_slot: Tensor
+) -> None: ...
+def vector_math(x: Tensor, tanh: bool, out: Tensor) -> None:
+    """exp or tanh of the kernels, for tests."""
+
+def set_num_threads(threads: int) -> None: ...
+def get_num_threads() -> int: ...
+def set_isa(name: str) -> None:
+    """Use "avx512", "avx2" or "portable" from now on; ValueError if that cannot be."""
+
+def get_isa() -> str: ...
+def isa_supported(name: str) -> bool: ...
+def read_bandwidth(bytes: int = ..., repeats: int = ...) -> float:
+    """Bytes a second at which the threads read a buffer of this size: the best of the repeats."""

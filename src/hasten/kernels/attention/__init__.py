@@ -1,0 +1,77 @@
+"""Attention of ragged rows over paged keys and values."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hasten.kernels.attention import cpu, ref
+from hasten.kernels.dispatch import choose
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    table_row: Tensor,
+    positions: Tensor,
+    base: Tensor,
+    mask: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    *,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of every row over the keys that it sees.
+
+    Row ``r`` sees the slots below ``base[r]``, whose position is the slot, and the slots
+    ``base[r] + j`` for the set bits ``j`` of ``mask[r]``. In ascending order those are a path of
+    consecutive positions that ends at ``positions[r]`` and begins at or after the base. With a
+    window, of these only keys at positions above ``positions[r] - window`` or below ``sinks``.
+    Pages in which a row sees nothing are not touched and may be missing from its table.
+
+    **The fixed chunk rule.** Chunk c holds the positions [64c, 64c + 64). Inside a chunk:
+    score = scale * (fused multiply-adds of q[d] k[d] over d ascending), then
+    ``softcap * tanh(score / softcap)``; m_c = max; p = exp(score - m_c), 0 where invisible;
+    l_c = sum of p over the 64 lanes by a fixed tree; o_c = fused multiply-adds of p v over the
+    visible positions ascending. Chunks are folded in ascending order into (m, l, o); the result is
+    o / l. Everything is indexed by position, not by slot, so a key read as a tree node gives the
+    bits of the same key read as a committed one.
+
+    Args:
+        q: float32 [R, Hq, D]; rows may be strided. Query head i uses KV head i // (Hq / Hkv).
+        k_pages: float32 or bfloat16 [N, Hkv / G, D, 16].
+        v_pages: [N, Hkv / G, 16, Dp], Dp = D rounded up to a multiple of 16.
+        table: int32 [T, G, B], page id of each block for each of G head groups. KV head h uses
+            group h // (Hkv / G).
+        table_row, positions, base: int32 [R].
+        mask: uint64 [R, W], W may be 0.
+        window: positions that a row sees, its own included; None = all.
+        softcap: None = none.
+
+    Returns the output, float32 [R, Hq, D], and with ``return_lse`` also the natural log of the sum
+    of exponentials, float32 [R, Hq]. A row that sees nothing gives 0 and -inf.
+    Raises TypeError or ValueError for other types, shapes or missing pages.
+    """
+    run = cpu.paged_attention if choose(impl, q) == "cpu" else ref.paged_attention
+    out, lse = run(
+        q,
+        k_pages,
+        v_pages,
+        table,
+        table_row,
+        positions,
+        base,
+        mask,
+        scale,
+        window,
+        sinks,
+        softcap,
+        return_lse,
+    )
+    if lse is None:
+        return out
+    return out, lse

@@ -1,0 +1,17 @@
+"""Token embeddings out of a packed weight, so that tied embeddings are stored once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hasten.kernels.dispatch import choose
+from hasten.kernels.embedding import cpu, ref
+from hasten.kernels.linear.packed import PackedWeight
+
+
+def embed(ids: Tensor, w: PackedWeight, *, impl: str | None = None) -> Tensor:
+    """Rows ``ids`` of the weight, as float32 [R, K].
+
+    ``ids`` is int64 [R]. Raises IndexError, naming the id, for one outside of [0, N).
+    """
+    return cpu.embed(ids, w) if choose(impl, ids) == "cpu" else ref.embed(ids, w)

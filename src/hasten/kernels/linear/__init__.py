@@ -1,0 +1,47 @@
+"""Linear layers on packed weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hasten.kernels.dispatch import choose
+from hasten.kernels.linear import cpu, ref
+from hasten.kernels.linear.packed import PANEL, PackedWeight
+
+__all__ = ["PANEL", "PackedWeight", "linear", "pack", "unpack"]
+
+
+def pack(weight: Tensor, *, impl: str | None = None) -> PackedWeight:
+    """Bring a weight [N, K] into panels.
+
+    ``weight`` is float32, bfloat16 or float16 (kept as float32) with contiguous rows; it may be
+    a view or memory-mapped, and is read once. Raises TypeError for other types and ValueError for
+    other shapes.
+    """
+    return cpu.pack(weight) if choose(impl, weight) == "cpu" else ref.pack(weight)
+
+
+def unpack(w: PackedWeight, *, impl: str | None = None) -> Tensor:
+    """The weight [N, K] in the type in which it is kept."""
+    return cpu.unpack(w) if choose(impl, w.data) == "cpu" else ref.unpack(w)
+
+
+def linear(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias``.
+
+    ``x`` is float32 [R, K] (rows may be strided), ``bias`` float32 [N], the result float32 [R, N],
+    written to ``out`` if given (rows may be strided). Weights in bfloat16 are widened to float32;
+    activations are never narrowed. Each output is one chain of fused multiply-adds over K in
+    ascending order, then the bias, whatever the number of rows. Raises TypeError or ValueError for
+    other types or shapes.
+    """
+    if choose(impl, x) == "cpu":
+        return cpu.linear(x, w, bias, out)
+    return ref.linear(x, w, bias, out)

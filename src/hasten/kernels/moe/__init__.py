@@ -1,0 +1,23 @@
+"""Expert choice of mixture-of-experts layers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hasten.kernels.dispatch import choose
+from hasten.kernels.moe import cpu, ref
+
+
+def route(
+    router_logits: Tensor, k: int, normalize: bool, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` most probable experts of each row and their weights.
+
+    ``router_logits`` is float32 [R, E]. Returns (ids int32 [R, k], weights float32 [R, k]), by
+    probability descending, ties to the lower id. The weights are softmax probabilities over all
+    experts, with ``normalize`` divided by the sum of the chosen ones. Raises ValueError unless
+    1 <= k <= E.
+    """
+    if choose(impl, router_logits) == "cpu":
+        return cpu.route(router_logits, k, normalize)
+    return ref.route(router_logits, k, normalize)

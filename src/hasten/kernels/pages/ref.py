@@ -1,0 +1,36 @@
+"""Definition of the page moves in plain torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+PAGE = 16
+
+
+def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor) -> None:
+    for name, ids in (("src", src), ("dst", dst)):
+        for i, page in enumerate(ids.tolist()):
+            if not 0 <= page < k.shape[1]:
+                raise ValueError(f"{name}[{i}] is {page}, but there are {k.shape[1]} pages")
+    for a, b in zip(src.tolist(), dst.tolist(), strict=True):
+        k[:, b] = k[:, a].clone()
+        v[:, b] = v[:, a].clone()
+
+
+def move_slots(
+    k: Tensor, v: Tensor, table: Tensor, table_row: Tensor, src_slot: Tensor, dst_slot: Tensor
+) -> None:
+    moves = list(zip(table_row.tolist(), src_slot.tolist(), dst_slot.tolist(), strict=True))
+    for row, *slots in moves:
+        for slot in slots:
+            if not 0 <= slot < table.shape[2] * PAGE:
+                raise ValueError(f"slot {slot} is outside of the table")
+            pages = table[row, :, slot // PAGE]
+            if ((pages < 0) | (pages >= k.shape[1])).any():
+                raise ValueError(f"slot {slot} lies in a block that holds no valid page")
+    for row, src, dst in moves:
+        for group in range(table.shape[1]):
+            a = int(table[row, group, src // PAGE])
+            b = int(table[row, group, dst // PAGE])
+            k[:, b, :, :, dst % PAGE] = k[:, a, :, :, src % PAGE].clone()
+            v[:, b, :, dst % PAGE] = v[:, a, :, src % PAGE].clone()

@@ -1,0 +1,34 @@
+"""Root mean square normalization, alone or fused with the residual sum before it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hasten.kernels.dispatch import choose
+from hasten.kernels.rms_norm import cpu, ref
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, impl: str | None = None
+) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+    ``x`` is float32 [..., H] of one to three dimensions, of which only the last must be
+    contiguous (a slice of heads works), ``weight`` float32 [H]. ``out`` is contiguous and may be
+    ``x``. Raises TypeError or ValueError for other types or shapes.
+    """
+    if choose(impl, x) == "cpu":
+        return cpu.rms_norm(x, weight, eps, out)
+    return ref.rms_norm(x, weight, eps, out)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(x + residual), x + residual)``, with the bits of doing one after the other.
+
+    ``x`` and ``residual`` are float32 [..., H] of one shape, ``weight`` float32 [H].
+    """
+    if choose(impl, x) == "cpu":
+        return cpu.add_rms_norm(x, residual, weight, eps)
+    return ref.add_rms_norm(x, residual, weight, eps)
