@@ -97,7 +97,7 @@ class Frontend:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         texts = [
             TextStream(
-                self.tokenizer.decode_stream(skip_special_tokens=params.skip_special_tokens),
+                self.tokenizer.decode_stream(ids, params.skip_special_tokens),
                 params.stop,
                 params.include_stop,
             )
