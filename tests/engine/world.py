@@ -98,8 +98,15 @@ class World:
     """The engine under test, and a roomy plain engine that runs each request alone."""
 
     def __init__(
-        self, model: Decoder, *, drafts: str = "mixed", choices: str = "", blocks: int = 14,
-        max_sequences: int = 4, budget: int = 24, seed: int = 0,
+        self,
+        model: Decoder,
+        *,
+        drafts: str = "mixed",
+        choices: str = "",
+        blocks: int = 14,
+        max_sequences: int = 4,
+        budget: int = 24,
+        seed: int = 0,
     ) -> None:
         self.model = model
         vocab = model.config.vocab_size

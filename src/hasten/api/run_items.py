@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class ItemRunner:
         self._limit = ahead * front.engine.config.max_sequences
         self._active: dict[str, Progress] = {}
 
-    def run(self, items: Iterable[Item]) -> Iterator[Event]:
+    def run(self, items: Iterable[Item]) -> Generator[Event, None, None]:
         """Run all items; closing the generator ends what is on its way."""
         source = iter(items)
         failed: deque[Progress] = deque()

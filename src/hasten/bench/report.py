@@ -51,7 +51,7 @@ def conditions() -> Conditions:
         cpu=_cpu(),
         cores=os.cpu_count() or 0,
         threads=_native.get_num_threads(),
-        isa=_native.isa(),
+        isa=_native.get_isa(),
         versions={"python": platform.python_version()}
         | {name: v for name in ("hasten", "torch", "transformers") if (v := _version(name))},
     )

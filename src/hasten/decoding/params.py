@@ -35,7 +35,8 @@ class SamplingParams:
     ties to the lowest id.
 
     Attributes:
-        max_tokens: generated tokens at most; None = until the context is full.
+        max_tokens: generated tokens at most; 0 = only score the prompt, None = until the context is
+            full.
         temperature: 0 = greedy.
         top_k: keep the k likeliest tokens; 0 = all.
         top_p: keep the smallest set of likeliest tokens with this much probability.
@@ -83,11 +84,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        _check("max_tokens", self.max_tokens, 1, None)
-        _check("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check("n", self.n, 1, MAX_N)
+        _check("max_tokens", self.max_tokens, 0, None, whole=True)
+        _check("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
+        _check("n", self.n, 1, MAX_N, whole=True)
         _check("temperature", self.temperature, 0, 100)
-        _check("top_k", self.top_k, 0, None)
+        _check("top_k", self.top_k, 0, None, whole=True)
         for name in ("top_p", "typical_p"):
             _check(name, getattr(self, name), 0, 1, above=True)
         _check("min_p", self.min_p, 0, 1)
@@ -95,8 +96,8 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), -100, 100)
         for name in ("logprobs", "prompt_logprobs"):
-            _check(name, getattr(self, name), 0, MAX_LOGPROBS)
-        _check("seed", self.seed, -(2**63), 2**64 - 1)
+            _check(name, getattr(self, name), 0, MAX_LOGPROBS, whole=True)
+        _check("seed", self.seed, -(2**63), 2**64 - 1, whole=True)
         _check("number of stop strings", len(stop), 0, MAX_STOP)
         _check("entries in logit_bias", len(self.logit_bias), 0, MAX_BIAS)
         for text in stop:
@@ -117,12 +118,19 @@ class SamplingParams:
 
 
 def _check(
-    name: str, value: float | None, low: float, high: float | None, *, above: bool = False
+    name: str,
+    value: float | None,
+    low: float,
+    high: float | None,
+    *,
+    above: bool = False,
+    whole: bool = False,
 ) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise ValueError(f"{name} is {value!r}, expected a number")
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a {'whole' if whole else 'finite'} number")
     if value < low or (above and value == low) or (high is not None and value > high):
         bound = f"above {low}" if above else f"at least {low}"
         upper = "" if high is None else f" and at most {high}"

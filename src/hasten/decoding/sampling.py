@@ -70,11 +70,14 @@ class Distribution:
 
 def distribution(logits: Row, params: SamplingParams) -> Distribution:
     """Temperature and filters, applied to processed logits. ``params`` is resolved, T > 0."""
+    assert params.temperature, "greedy has no distribution, and parameters are resolved first"
     ids = descending(logits)
     if params.top_k:
         ids = ids[: params.top_k]
-    z = logits[ids].astype(np.float64) / params.temperature
-    z -= z[0]
+    z = logits[ids].astype(np.float64)
+    if not np.isfinite(z[0]):
+        raise NoTokenLeft(f"the largest logit is {z[0]}")
+    z = (z - z[0]) / params.temperature  # in this order: the temperature may be tiny
     ids, z = ids[np.isfinite(z)], z[np.isfinite(z)]
     probs = np.exp(z)
     probs /= probs.sum()

@@ -61,7 +61,9 @@ class TextStream:
             return ""
         text = self._held + piece
         if search:
-            hits = [(text.find(s), -len(s), s) for s in self._stop if s in text]
+            # a stop string that lies wholly in what is held ended where none may end
+            starts = [(text.find(s, max(0, len(self._held) - len(s) + 1)), s) for s in self._stop]
+            hits = [(at, -len(s), s) for at, s in starts if at >= 0]
             if hits:
                 at, _, stop = min(hits)
                 self.stopped_by = stop
