@@ -259,6 +259,8 @@ class Engine:
             self.stats.decode_seconds += output.seconds
             self.stats.decode_positions += int(batch.base[batch.segment_rows[1:] - 1].sum())
         self.stats.step_seconds += self.clock.now() - began
+        if not self.running and self.cache.usage:
+            self.cache.heal()  # idle, yet pages are held: counted, logged and given back
         return deltas
 
     def _plan(self) -> Plan:
@@ -477,6 +479,8 @@ class Engine:
 
     def check_ledger(self) -> None:
         """Raise ``AssertionError`` unless every page has exactly the owners it counts."""
+        if self.cache.stats.leaked_pages:
+            raise AssertionError(f"{self.cache.stats.leaked_pages} pages leaked and were healed")
         for group, report in enumerate(self.cache.audit()):
             if report:
                 raise AssertionError(f"page ledger of layer group {group}: {report}")
