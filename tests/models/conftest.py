@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CONFIGS, randomized
+
+from tests.models.tiny import CONFIGS, randomized
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drive import Driver, chunked, greedy, ragged, whole
-from tiny import CONFIGS, edit, randomized
 
 from hasten.engine.batch import Segment
 from hasten.models.base import Decoder
 from hasten.models.loading import load_model
 from hasten.speculation.tree import TokenTree
+from tests.models.drive import Driver, chunked, greedy, ragged, whole
+from tests.models.tiny import CONFIGS, edit, randomized
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
 

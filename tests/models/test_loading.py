@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from drive import whole
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import CONFIGS, edit, randomized
 
 from hasten.models import checkpoint as reading
 from hasten.models.chat_template import ChatTemplateError
@@ -30,6 +28,8 @@ from hasten.models.loading import (
     sampling_defaults,
 )
 from hasten.models.tokenizer import Tokenizer
+from tests.models.drive import whole
+from tests.models.tiny import CONFIGS, edit, randomized
 
 
 @pytest.fixture
