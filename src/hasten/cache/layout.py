@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 PAGE_SIZE = 16
@@ -86,6 +88,13 @@ def uniform_layout(
     return KVLayout(num_kv_heads, head_dim, groups, dtype)
 
 
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take no memory until they are written: a large pool then starts at once and
+    costs what is used of it. (``torch.zeros`` writes every byte.)"""
+    count = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).reshape(shape)
+
+
 class KVStorage:
     """The page tensors of one runner.
 
@@ -103,8 +112,8 @@ class KVStorage:
         for index, (group, pages) in enumerate(zip(layout.groups, num_pages, strict=True)):
             heads = layout.num_kv_heads // group.head_groups
             lead = (len(group.layers), pages, heads)
-            k = torch.zeros(*lead, layout.head_dim, PAGE_SIZE, dtype=layout.dtype)
-            v = torch.zeros(*lead, PAGE_SIZE, layout.padded_head_dim, dtype=layout.dtype)
+            k = _untouched_zeros((*lead, layout.head_dim, PAGE_SIZE), layout.dtype)
+            v = _untouched_zeros((*lead, PAGE_SIZE, layout.padded_head_dim), layout.dtype)
             self.k.append(k)
             self.v.append(v)
             for i, layer in enumerate(group.layers):

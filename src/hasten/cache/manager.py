@@ -154,13 +154,13 @@ class CacheManager:
         row = self._free_rows.pop()
         twin.table_row = row
         twin.computed = stream.computed
-        twin.blocks = stream.blocks
+        twin.blocks = blocks = -(-stream.computed // PAGE_SIZE)  # candidates are not shared
         twin.published = stream.published
         twin.keys = stream.keys[: stream.published]
         twin.first_block = list(stream.first_block)
         self._streams[row] = twin
         for pool, table in zip(self.pools, self.tables, strict=True):
-            table[row] = table[stream.table_row]
+            table[row, :, :blocks] = table[stream.table_row, :, :blocks]
             for page in table[row][table[row] >= 0].tolist():
                 pool.share(page)
         return True

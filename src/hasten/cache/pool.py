@@ -115,14 +115,19 @@ class PagePool:
         return report
 
     def heal(self, owned: Iterable[int]) -> int:
-        """Set the reference counts to what the owners hold; returns the pages given back."""
+        """Make the books agree with what the owners hold; returns the pages given back."""
         owners = Counter(owned)
-        healed = 0
-        for page in range(self.num_pages):
-            if self.references[page] > owners[page] == 0:
-                self.references[page] = 1
-                self.drop(page)
-                healed += 1
-            else:
-                self.references[page] = owners[page]
+        healed = sum(count > owners[page] == 0 for page, count in enumerate(self.references))
+        self.references = [owners[page] for page in range(self.num_pages)]
+        for page in owners:
+            self._cached.pop(page, None)
+        # what is lost joins the free pages, or the cached ones (as the youngest) if it is indexed
+        free = set(self._free)
+        for page, count in enumerate(self.references):
+            if count == 0 and page not in free and page not in self._cached and page in self._key:
+                self._cached[page] = self._key[page]
+        kept = self._cached.keys() | owners.keys()
+        self._free = [page for page in dict.fromkeys(self._free) if page not in kept]
+        known = kept | set(self._free)
+        self._free.extend(page for page in range(self.num_pages) if page not in known)
         return healed
