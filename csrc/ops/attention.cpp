@@ -27,10 +27,20 @@ constexpr int QUERIES = 2, WIDTH = 2;
 #endif
 constexpr int CHUNK_PAGES = CHUNK / PAGE;
 
-// scores[i][page][lane] = sum over d ascending of q[i][d] * k[page][d][lane]
-template <class T, int Q, int P>
-void dot_pages(const float* const* q, const T* const* k, int64_t dim, float* const* scores,
-               const int* lane) {
+// Pages of keys with the lane at which their scores go, and what is read after them: the values
+// of the same pages, then the keys of the next chunk (any page where there is none).
+template <class T>
+struct KeyPages {
+    const T* k[CHUNK_PAGES];
+    int lane[CHUNK_PAGES];
+    const T *v[CHUNK_PAGES], *next_k[CHUNK_PAGES];
+};
+
+// scores[i][lane + j] = sum over d ascending of q[i][d] * k[d][j], for P pages from `first`
+template <class T, int Q, int P, bool FETCH>
+void dot_pages(const float* const* q, const KeyPages<T>& pages, int first, int64_t dim,
+               float* const* scores) {
+    const T* const* k = pages.k + first;
     F16 acc[Q][P];
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
@@ -39,7 +49,13 @@ void dot_pages(const float* const* q, const T* const* k, int64_t dim, float* con
     for (int64_t d = 0; d < dim; d++) {
         F16 key[P];
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) key[p] = load(k[p] + d * PAGE);
+        for (int p = 0; p < P; p++) {
+            key[p] = load(k[p] + d * PAGE);
+            if (FETCH) {
+                __builtin_prefetch(pages.v[first + p] + d * PAGE, 0, 3);
+                __builtin_prefetch(pages.next_k[first + p] + d * PAGE, 0, 2);
+            }
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < Q; i++) {
             const F16 value = splat(q[i][d]);
@@ -50,44 +66,49 @@ void dot_pages(const float* const* q, const T* const* k, int64_t dim, float* con
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) store(scores[i] + lane[p], acc[i][p]);
+        for (int p = 0; p < P; p++) store(scores[i] + pages.lane[first + p], acc[i][p]);
 }
 
-template <class T, int Q>
-void dot_pages_of(const float* const* q, const T* const* k, int pages, int64_t dim,
-                  float* const* scores, const int* lane) {
-    while (pages > 0) {
-        const int n = pages < WIDTH ? pages : WIDTH;
+template <class T, int Q, bool FETCH>
+void dot_pages_of(const float* const* q, const KeyPages<T>& pages, int count, int64_t dim,
+                  float* const* scores) {
+    for (int first = 0; first < count;) {
+        const int n = count - first < WIDTH ? count - first : WIDTH;
         switch (n) {
-            case 1: dot_pages<T, Q, 1>(q, k, dim, scores, lane); break;
-            case 2: dot_pages<T, Q, 2>(q, k, dim, scores, lane); break;
+            case 1: dot_pages<T, Q, 1, FETCH>(q, pages, first, dim, scores); break;
+            case 2: dot_pages<T, Q, 2, FETCH>(q, pages, first, dim, scores); break;
 #if defined(__AVX512F__)
-            case 3: dot_pages<T, Q, 3>(q, k, dim, scores, lane); break;
-            case 4: dot_pages<T, Q, 4>(q, k, dim, scores, lane); break;
+            case 3: dot_pages<T, Q, 3, FETCH>(q, pages, first, dim, scores); break;
+            case 4: dot_pages<T, Q, 4, FETCH>(q, pages, first, dim, scores); break;
 #endif
         }
-        pages -= n;
-        k += n;
-        lane += n;
+        first += n;
     }
 }
 
-template <class T>
-void dot_queries(const float* const* q, int queries, const T* const* k, int pages, int64_t dim,
-                 float* const* scores, const int* lane) {
-    while (queries > 0) {
-        const int n = queries < QUERIES ? queries : QUERIES;
-        switch (n) {
-            case 1: dot_pages_of<T, 1>(q, k, pages, dim, scores, lane); break;
-            case 2: dot_pages_of<T, 2>(q, k, pages, dim, scores, lane); break;
+template <class T, bool FETCH>
+void dot_some(const float* const* q, int queries, const KeyPages<T>& pages, int count, int64_t dim,
+              float* const* scores) {
+    switch (queries) {
+        case 1: dot_pages_of<T, 1, FETCH>(q, pages, count, dim, scores); break;
+        case 2: dot_pages_of<T, 2, FETCH>(q, pages, count, dim, scores); break;
 #if defined(__AVX512F__)
-            case 3: dot_pages_of<T, 3>(q, k, pages, dim, scores, lane); break;
-            case 4: dot_pages_of<T, 4>(q, k, pages, dim, scores, lane); break;
+        case 3: dot_pages_of<T, 3, FETCH>(q, pages, count, dim, scores); break;
+        case 4: dot_pages_of<T, 4, FETCH>(q, pages, count, dim, scores); break;
 #endif
-        }
-        queries -= n;
-        q += n;
-        scores += n;
+    }
+}
+
+// scores of all queries; the first of them fetch what is read next
+template <class T>
+void dot_queries(const float* const* q, int queries, const KeyPages<T>& pages, int count,
+                 int64_t dim, float* const* scores) {
+    for (int i = 0; i < queries; i += QUERIES) {
+        const int n = queries - i < QUERIES ? queries - i : QUERIES;
+        if (i == 0)
+            dot_some<T, true>(q, n, pages, count, dim, scores);
+        else
+            dot_some<T, false>(q + i, n, pages, count, dim, scores + i);
     }
 }
 
@@ -162,13 +183,12 @@ void add_values_queries(Query* const* q, int queries, const T* const* v, uint64_
     }
 }
 
-// e^(x - reference); with nothing seen yet the reference is 0, since -inf - -inf is NaN
+// what scores are taken relative to: 0 where nothing was seen yet, since -inf - -inf is NaN
 HASTEN_INLINE float finite_reference(float m) { return m == -INFINITY ? 0.0f : m; }
 
 HASTEN_INLINE void exp2x(float x, float y, float* ex, float* ey) {
-    float pair[2] = {x, y};
-    F16 e = exp(load_first(pair, 2));
-    store_first(pair, e, 2);
+    float pair[LANES] = {x, y};
+    store(pair, exp(load(pair)));
     *ex = pair[0];
     *ey = pair[1];
 }
@@ -310,9 +330,8 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
         if (!any) continue;
 
         // committed keys: slot == position, so a page fills 16 lanes
-        const T* k[CHUNK_PAGES];
-        int lane[CHUNK_PAGES];
-        int pages = 0;
+        KeyPages<T> pages;
+        int count = 0;
         for (int j = 0; j < CHUNK_PAGES; j++) {
             if (!(committed >> (j * PAGE) & 0xffff)) continue;
             const int64_t block = start / PAGE + j;
@@ -321,12 +340,16 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
                 __atomic_store_n(a.missing, 1 + first_row * g.blocks + block, __ATOMIC_RELAXED);
                 return;
             }
-            k[pages] = k_head + page * g.heads * k_page;
-            lane[pages++] = j * PAGE;
             const T* v = v_head + page * g.heads * v_page;
             for (int i = 0; i < PAGE; i++) values[j * PAGE + i] = v + i * g.padded;
+            const int64_t next = block + CHUNK_PAGES < g.blocks ? table[block + CHUNK_PAGES] : -1;
+            pages.k[count] = k_head + page * g.heads * k_page;
+            pages.v[count] = v;
+            pages.next_k[count] =
+                k_head + (next >= 0 && next < g.pages ? next : page) * g.heads * k_page;
+            pages.lane[count++] = j * PAGE;
         }
-        dot_queries<T>(q_of, int(active), k, pages, g.dim, scores_of, lane);
+        dot_queries<T>(q_of, int(active), pages, count, g.dim, scores_of);
 
         for (int64_t r = 0; r < rows;) {
             Row& it = row[r];
@@ -353,14 +376,14 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
                                              __ATOMIC_RELAXED);
                             return;
                         }
-                        const T* node_k = k_head + page * g.heads * k_page;
-                        const int zero_lane = 0;
-                        const float* node_q[1];
-                        for (int64_t i = 0; i < group; i++) {
-                            node_q[0] = query[r * group + i].q;
-                            dot_pages<T, 1, 1>(node_q, &node_k, g.dim, &node_scores_of[i],
-                                               &zero_lane);
-                        }
+                        KeyPages<T> nodes;
+                        nodes.k[0] = k_head + page * g.heads * k_page;
+                        nodes.lane[0] = 0;
+                        for (int64_t i = 0; i < group; i++) q_of[i] = query[r * group + i].q;
+                        for (int64_t i = 0; i < group; i += QUERIES)
+                            dot_some<T, false>(
+                                q_of + i, group - i < QUERIES ? int(group - i) : QUERIES, nodes, 1,
+                                g.dim, node_scores_of + i);
                         node_v = v_head + page * g.heads * v_page;
                     }
                     for (int64_t i = 0; i < group; i++)

@@ -13,7 +13,7 @@ namespace {
 // ONE_PASS rows are one tile, and weights stream from memory once; more rows are cut into tiles
 // of at most MANY.
 #if defined(__AVX512F__)
-constexpr int ONE_PASS = 12, MANY = 6, MOST_PANELS = 8;
+constexpr int ONE_PASS = 12, MANY = 8, MOST_PANELS = 8;
 constexpr int panels_of(int rows) { return rows == 1 ? 8 : rows <= 6 ? 4 : rows <= 8 ? 3 : 2; }
 #else
 constexpr int ONE_PASS = 6, MANY = 6, MOST_PANELS = 4;

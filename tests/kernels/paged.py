@@ -1,0 +1,111 @@
+"""A small paged cache for tests, in which everything that was never written is NaN."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PAGE = 16
+
+
+class Cache:
+    """Pages with shuffled ids, and tables whose blocks get a page when something is written."""
+
+    def __init__(
+        self,
+        tables: int,
+        blocks: int,
+        kv_heads: int,
+        dim: int,
+        groups: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        heads, padded = kv_heads // groups, -(-dim // PAGE) * PAGE
+        pages = tables * blocks * groups + 3
+        self.k = torch.full((pages, heads, dim, PAGE), torch.nan, dtype=dtype)
+        self.v = torch.full((pages, heads, PAGE, padded), torch.nan, dtype=dtype)
+        self.table = torch.full((tables, groups, blocks), -1, dtype=torch.int32)
+        self.free = torch.randperm(pages).tolist()
+        self.heads, self.dim = heads, dim
+
+    def reserve(self, table: int, slot: int) -> None:
+        """Give the block of the slot a page in every head group."""
+        for group in range(self.table.shape[1]):
+            if self.table[table, group, slot // PAGE] < 0:
+                self.table[table, group, slot // PAGE] = self.free.pop()
+
+    def at(self, table: int, slot: int, head: int) -> tuple[int, int]:
+        group = head // self.heads
+        return int(self.table[table, group, slot // PAGE]), head % self.heads
+
+    def write(self, table: int, slot: int, k: Tensor, v: Tensor) -> None:
+        """k and v are [KV heads, D]."""
+        self.reserve(table, slot)
+        for head in range(len(k)):
+            to = self.at(table, slot, head)
+            self.k[to][:, slot % PAGE] = k[head].to(self.k.dtype)
+            self.v[to][slot % PAGE, : self.dim] = v[head].to(self.v.dtype)
+
+
+@dataclass
+class Rows:
+    """Arguments of the rows of a batch, as lists while they are collected."""
+
+    table_row: list[int] = field(default_factory=list)
+    position: list[int] = field(default_factory=list)
+    slot: list[int] = field(default_factory=list)
+    base: list[int] = field(default_factory=list)
+    bits: list[int] = field(default_factory=list)
+
+    def add(self, table_row: int, position: int, slot: int, base: int, bits: int = 0) -> None:
+        self.table_row.append(table_row)
+        self.position.append(position)
+        self.slot.append(slot)
+        self.base.append(base)
+        self.bits.append(bits)
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def tensors(self, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(table_row, positions, base, mask), of the rows ``index`` if given."""
+        words = max((bits.bit_length() + 63) // 64 for bits in self.bits)
+        mask = torch.zeros(len(self), words, dtype=torch.int64)
+        for row, bits in enumerate(self.bits):
+            for word in range(words):
+                part = bits >> 64 * word & (2**64 - 1)
+                mask[row, word] = part - 2**64 if part >= 2**63 else part
+        parts = [
+            torch.tensor(self.table_row, dtype=torch.int32),
+            torch.tensor(self.position, dtype=torch.int32),
+            torch.tensor(self.base, dtype=torch.int32),
+            mask.view(torch.uint64),
+        ]
+        if index is not None:
+            parts = [
+                p.view(torch.int64)[index].view(torch.uint64) if p.dim() == 2 else p[index]
+                for p in parts
+            ]
+        return parts[0], parts[1], parts[2], parts[3]
+
+
+def random_tree(nodes: int) -> list[int]:
+    """Parents of a random tree sorted by depth; node 0 is the root."""
+    parent = [-1] + [random.randrange(max(0, i - 12), i) for i in range(1, nodes)]
+    depth = [0]
+    for node in range(1, nodes):
+        depth.append(depth[parent[node]] + 1)
+    order = sorted(range(nodes), key=lambda node: depth[node])
+    place = {node: i for i, node in enumerate(order)}
+    return [-1] + [place[parent[node]] for node in order[1:]]
+
+
+def paths(parent: list[int]) -> list[list[int]]:
+    """For each node the nodes from the root's child down to itself (none for the root)."""
+    result: list[list[int]] = [[]]
+    for node in range(1, len(parent)):
+        result.append([*result[parent[node]], node])
+    return result

@@ -1,0 +1,150 @@
+"""Packed weights, the linear layer and the embedding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hasten import _native
+from hasten.kernels.embedding import embed
+from hasten.kernels.linear import PackedWeight, linear, pack, unpack
+from hasten.kernels.linear.ref import linear_in_order
+
+from .common import (
+    FAST,
+    ISAS,
+    assert_rows_independent,
+    assert_same_bits,
+    machines,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (outputs, inputs): less than a panel, odd, several groups of panels, several blocks of k
+SHAPES = [(5, 123), (1, 1), (16, 16), (37, 300), (200, 129), (17, 2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pack_matches_reference_and_unpacks(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape).to(dtype)
+    packed, expected = pack(weight), pack(weight, impl="ref")
+    assert (packed.n, packed.k) == shape
+    assert_same_bits(packed.data, expected.data)
+    kept = torch.float32 if dtype == torch.float16 else dtype
+    assert_same_bits(unpack(packed), weight.to(kept))
+    assert_same_bits(unpack(packed, impl="ref"), weight.to(kept))
+
+
+def test_pack_converts_every_float16() -> None:
+    every = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(torch.float16).view(256, 256)
+    got = unpack(pack(every))
+    same = (got == every.float()) | (got.isnan() & every.isnan())
+    assert same.all()
+    assert_same_bits(got[~every.isnan()], every.float()[~every.isnan()])
+
+
+def test_pack_reads_a_strided_view() -> None:
+    weight = torch.randn(40, 50)
+    view = weight[3:30, 5:41]
+    assert_same_bits(unpack(pack(view)), view.contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 6, 7, 13, 64])
+def test_linear_matches_reference(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    n, k = shape
+    w, x, bias = pack(torch.randn(n, k).to(dtype)), torch.randn(rows, k), torch.randn(n)
+    weight = unpack(w).double()
+    for with_bias in (None, bias):
+        expected = linear(x.double(), w, with_bias, impl="ref")
+        # k + 1 roundings, each at most 2^-24 of a partial sum of this size
+        size = x.double().abs() @ weight.abs().T + (0 if with_bias is None else with_bias.abs())
+        error = (linear(x, w, with_bias) - expected).abs()
+        assert (error <= (k + 1) * 2**-24 * size).all(), f"bias {with_bias is not None}"
+
+
+def test_linear_adds_in_ascending_order() -> None:
+    x, w, bias = torch.randn(3, 150), pack(torch.randn(33, 150)), torch.randn(33)
+    got, expected = linear(x, w, bias), linear_in_order(x, w, bias)
+    # the reference rounds twice, which differs in the last bit once in 2^29 steps
+    assert (got == expected).float().mean() > 0.99
+    # an order that matters: 1e8 + 1 - 1e8 is 0 in float32 when added from the left
+    x = torch.tensor([[1e8, 1.0, -1e8]])
+    assert linear(x, pack(torch.ones(1, 3))).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(200, 300), (5, 123)])
+def test_linear_rows_are_independent(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    n, k = shape
+    w, x, bias = pack(torch.randn(n, k).to(dtype)), torch.randn(70, k), torch.randn(n)
+    assert_rows_independent(lambda index: linear(x[index], w, bias), len(x))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_linear_any_number_of_rows(isa: str) -> None:
+    w, x = pack(torch.randn(90, 140)), torch.randn(67, 140)
+    _native.set_isa(FAST)
+    alone = torch.cat([linear(x[i : i + 1], w) for i in range(len(x))])
+    _native.set_isa(isa)
+    for rows in range(1, len(x) + 1):
+        assert_same_bits(linear(x[:rows], w), alone[:rows], f"{rows} rows")
+
+
+def test_linear_strided_rows_and_out() -> None:
+    x, w = torch.randn(9, 100), pack(torch.randn(21, 40))
+    view = x[:, 30:70]
+    expected = linear(view.contiguous(), w)
+    assert_same_bits(linear(view, w), expected)
+    out = torch.full((9, 50), 7.0)
+    result = linear(view, w, out=out[:, 3:24])
+    assert_same_bits(out[:, 3:24], expected)
+    assert result.data_ptr() == out[:, 3:24].data_ptr()
+    assert (out[:, :3] == 7).all() and (out[:, 24:] == 7).all()
+
+
+def test_padding_of_a_panel_is_not_read_into_outputs() -> None:
+    w = pack(torch.randn(5, 64))
+    w.data[0, :, 5:] = float("nan")
+    assert linear(torch.randn(8, 64), w).isfinite().all()
+
+
+def test_linear_refuses_what_does_not_fit() -> None:
+    w, x = pack(torch.randn(20, 30)), torch.randn(4, 30)
+    with pytest.raises(ValueError, match=r"x has shape \[4, 29\], not \[\*, 30\]"):
+        linear(torch.randn(4, 29), w)
+    with pytest.raises(TypeError, match="x is bfloat16, not float32"):
+        linear(x.bfloat16(), w)
+    with pytest.raises(ValueError, match=r"bias has shape \[19\]"):
+        linear(x, w, torch.randn(19))
+    with pytest.raises(ValueError, match="x is not contiguous"):
+        linear(torch.randn(30, 4).T, w)
+    with pytest.raises(ValueError, match="w has shape"):
+        linear(x, PackedWeight(w.data, 40, 30))
+    with pytest.raises(TypeError, match="w is float16"):
+        linear(x, PackedWeight(w.data.half(), 20, 30))
+    with pytest.raises(ValueError, match="out has shape"):
+        linear(x, w, out=torch.zeros(4, 21))
+    with pytest.raises(TypeError):
+        pack(torch.zeros(4, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="two dimensions"):
+        pack(torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embed(dtype: torch.dtype) -> None:
+    weight = torch.randn(37, 45).to(dtype)
+    w, ids = pack(weight), torch.randint(0, 37, (50,))
+    for machine in machines():
+        assert_same_bits(embed(ids, w), weight[ids].float(), machine)
+    assert_same_bits(embed(ids, w, impl="ref"), weight[ids].float())
+    assert embed(ids[:0], w).shape == (0, 45)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize("bad", [37, -1, 2**40])
+def test_embed_names_a_bad_id(bad: int, impl: str) -> None:
+    w = pack(torch.randn(37, 8))  # 37: inside of the last panel, but beyond the table
+    with pytest.raises(IndexError, match=rf"ids\[2\] is {bad}"):
+        embed(torch.tensor([0, 36, bad]), w, impl=impl)
