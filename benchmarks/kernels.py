@@ -131,7 +131,7 @@ def main() -> None:
         return
     print(
         f"{_native.get_isa()}, {args.threads} threads, memory read at {peak / 1e9:.1f} GB/s "
-        f"({args.cache_mib} MiB, best of 5)"
+        f"({args.cache_mib} MiB, best window of 64 MiB)"
     )
     names = list(results[0])
     print(" | ".join(f"{name:>14}" for name in names))

@@ -27,7 +27,8 @@ struct MoveArgs {
 };
 void move_slots(const MoveArgs&);
 
-// Bytes per second of the threads reading `bytes` bytes, best of `repeats`.
+// Bytes per second at which the threads read a buffer of `bytes` bytes: the best window of 64 MiB
+// in `repeats` passes.
 double read_bandwidth(int64_t bytes, int repeats);
 
 }  // namespace hasten

@@ -116,7 +116,7 @@ def method(
     slots = (slot,) if isinstance(slot, str) else slot
 
     def register(cls: type) -> type:
-        if not dataclasses.is_dataclass(cls):
+        if not (dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise MethodError(f"{cls.__qualname__} must be a frozen dataclass")
         card = Card(name, slots, cls, paper, exact, training, frozenset(needs), frozenset(does))
         for word in card.needs - NEEDS.keys():
@@ -126,6 +126,9 @@ def method(
         for s in slots:
             if s not in SLOTS:
                 raise MethodError(f"{name}: unknown slot '{s}'; slots: {', '.join(SLOTS)}")
+            other = _CARDS.get((s, name), card).cls.__module__
+            if other != cls.__module__:
+                raise MethodError(f"{name}: the slot '{s}' has that method in {other} already")
             _CARDS[s, name] = card
         cls.card = card  # type: ignore[attr-defined]
         return cls

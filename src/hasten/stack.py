@@ -39,12 +39,13 @@ class Stack:
         if isinstance(text, Mapping):
             pairs = [(str(slot), choice) for slot, choice in text.items()]
         else:
-            pairs = [_split_pair(part) for part in _split(text or "")]
+            parts = _split(text or "")
+            pairs = [_split_pair(part) for part in parts if part.strip() != "plain"]
         methods: dict[str, Any] = {}
         for slot, choice in pairs:
             built = choice if hasattr(choice, "card") else _build(slot, str(choice))
             for filled in built.card.slots:
-                if filled in methods:
+                if methods.get(filled, built) is not built:
                     raise MethodError(f"slot '{filled}' is filled twice")
                 methods[filled] = built
             if slot not in built.card.slots:
@@ -68,6 +69,8 @@ class Stack:
             }
             if chosen.card.name == SLOTS[slot][1] and not changed:
                 continue
+            if slot != chosen.card.slots[0]:
+                continue  # one method in several slots is written once
             inside = ",".join(f"{name}={_show(value)}" for name, value in changed.items())
             parts.append(f"{slot}={chosen.card.name}" + (f"({inside})" if inside else ""))
         return ",".join(parts) or "plain"
@@ -125,7 +128,7 @@ def _split(text: str) -> list[str]:
     if depth != 0:
         raise MethodError(f"unbalanced parentheses in '{text}'")
     parts.append(text[start:])
-    return [part for part in parts if part.strip() and part.strip() != "plain"]
+    return [part for part in parts if part.strip()]
 
 
 def _split_pair(part: str) -> tuple[str, str]:
@@ -154,6 +157,8 @@ def _build(slot: str, choice: str) -> Any:
             raise MethodError(
                 f"{name} has no parameter '{key}'{hint}; it has: {', '.join(fields) or 'none'}"
             )
+        if key in values:
+            raise MethodError(f"{name}: the parameter '{key}' is given twice")
         values[key] = _read(raw, types_[key], f"{name}({key})")
     try:
         return card.cls(**values)

@@ -137,13 +137,13 @@ class World:
 
     def add(self, prompt: list[int], params: SamplingParams, **options: Any) -> str:
         expected = self._alone(prompt, params)
-        request = self.engine.add(prompt, params, **options)
+        request = self.engine.add(prompt, params, bad_words=_words(params), **options)
         self.drafter.truth[request.id] = expected
         self.requests[request.id] = request
         return request.id
 
     def _alone(self, prompt: list[int], params: SamplingParams) -> Outcome:
-        request = self.solo.add(prompt, params)
+        request = self.solo.add(prompt, params, bad_words=_words(params))
         logprobs: dict[int, list[Any]] = {i: [] for i in range(params.n)}
         limit = self.engine.max_length  # the small pool may end a sequence earlier
         request.limit = min(request.limit, limit)
@@ -193,6 +193,11 @@ class World:
                 assert (request.id, sequence.index) in self.ended
         for pool in self.engine.cache.pools:
             assert pool.num_held == 0
+
+
+def _words(params: SamplingParams) -> list[list[int]]:
+    """Bad words are token ids here: there is no tokenizer to turn strings into them."""
+    return [list(word) for word in params.bad_words if not isinstance(word, str)]
 
 
 def prompt_of(rng: random.Random, vocab: int, tail: int) -> list[int]:

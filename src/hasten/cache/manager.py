@@ -104,7 +104,9 @@ class CacheManager:
         if not self._free_rows:
             return False
         found, length = self._find_prefix(stream) if stream.root is not None else ([], 0)
-        needed = -(-(len(stream.tokens) + 1) // PAGE_SIZE) - length + headroom
+        # a prompt as long as the pool has no place for one more: it can only be scored
+        blocks = min(-(-(len(stream.tokens) + 1) // PAGE_SIZE), self.num_blocks)
+        needed = blocks - length + headroom
         adopted: list[list[tuple[int, int, int]]] = []  # per group (block, head group, page)
         for group, (pool, table) in enumerate(zip(self.pools, self.tables, strict=True)):
             entries = [
@@ -320,9 +322,8 @@ class CacheManager:
             ):
                 break
             length = block + 1
-        while length and not all(
-            self._can_resume(group, found[group], length) for group in range(len(self.pools))
-        ):
+        points = [self._resume_points(group, blocks) for group, blocks in enumerate(found)]
+        while not all(can_resume[length] for can_resume in points):
             length -= 1
         return found, length
 
@@ -342,11 +343,16 @@ class CacheManager:
             return True
         return (block + 1) * PAGE_SIZE > length * PAGE_SIZE - spec.window + 1
 
-    def _can_resume(self, group: int, found: list[list[int] | None], length: int) -> bool:
-        return all(
-            found[block] is not None or not self._needed(group, block, length)
-            for block in range(length)
-        )
+    def _resume_points(self, group: int, found: list[list[int] | None]) -> list[bool]:
+        """For each number of leading blocks whether all that is needed behind them was found."""
+        spec = self.layout.groups[group]
+        tail = len(found) if spec.window is None else -(-(spec.window - 1) // PAGE_SIZE)
+        points, run, sinks_found = [True], 0, True
+        for block, pages in enumerate(found):
+            run = 0 if pages is None else run + 1
+            sinks_found &= pages is not None or block * PAGE_SIZE >= spec.sinks
+            points.append(sinks_found and run >= min(tail, block + 1))
+        return points
 
 
 def _with_head(key: bytes, head_group: int) -> bytes:

@@ -77,7 +77,8 @@ def distribution(logits: Row, params: SamplingParams) -> Distribution:
     z = logits[ids].astype(np.float64)
     if not np.isfinite(z[0]):
         raise NoTokenLeft(f"the largest logit is {z[0]}")
-    z = (z - z[0]) / params.temperature  # in this order: the temperature may be tiny
+    with np.errstate(over="ignore"):
+        z = (z - z[0]) / params.temperature  # in this order: the temperature may be tiny
     ids, z = ids[np.isfinite(z)], z[np.isfinite(z)]
     probs = np.exp(z)
     probs /= probs.sum()
@@ -165,7 +166,10 @@ class Sampler:
         """The token at ``position``, given the logits of the position before it."""
         row = self.process(logits)
         if self.greedy:
-            return int(np.argmax(row))
+            best = int(np.argmax(row))  # NaN counts as the largest
+            if not row[best] > -np.inf:
+                raise NoTokenLeft(f"the largest logit is {row[best]}")
+            return best
         return distribution(row, self.params).draw(uniform(self.seed, self.stream, position))
 
     def process(self, logits: Row) -> Row:

@@ -58,9 +58,15 @@ class EngineConfig:
     model_id: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_batch_tokens", "kv_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("max_sequences", "max_batch_tokens", "max_length", "kv_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, must be at least 1")
+        if self.max_batch_tokens < self.max_sequences:
+            raise ValueError(
+                f"max_batch_tokens={self.max_batch_tokens} leaves some of the "
+                f"max_sequences={self.max_sequences} without a row in every step; raise it"
+            )
 
 
 class RequestRefused(ValueError):
@@ -110,6 +116,11 @@ class Engine:
         groups = tuple(stack["select"].view(group) for group in plain.groups)
         layout = KVLayout(plain.num_kv_heads, plain.head_dim, groups, plain.dtype)
         longest = self.config.max_length or facts.max_positions
+        if longest > facts.max_positions:
+            raise ValueError(
+                f"max_length={longest} is beyond the {facts.max_positions} positions that "
+                "the model was made for"
+            )
         wanted = self.config.max_sequences * -(-(longest + 1) // PAGE_SIZE)
         blocks = min(wanted, self.config.kv_bytes // layout.block_bytes())
         if blocks < 2:
@@ -162,7 +173,7 @@ class Engine:
         """
         params = params.resolved(self.model.sampling_defaults)
         prompt = list(prompt)
-        self._check(prompt, params, texts)
+        self._check(prompt, params, bad_words, texts)
         request_id = request_id or f"req-{secrets.token_hex(8)}"
         if request_id in self.requests:
             raise RequestRefused(f"request id '{request_id}' is in use")
@@ -210,7 +221,13 @@ class Engine:
             self._retire(delta.sequence)
         return deltas
 
-    def _check(self, prompt: list[int], params: SamplingParams, texts: Seq[TextStream]) -> None:
+    def _check(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        bad_words: Seq[Seq[int]],
+        texts: Seq[TextStream],
+    ) -> None:
         vocab = self.model.config.vocab_size
         if not prompt:
             raise RequestRefused("the prompt is empty; give at least one token (such as BOS)")
@@ -226,12 +243,15 @@ class Engine:
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("stop_token_ids", params.stop_token_ids),
+            ("bad_words", [token for word in bad_words for token in word]),
         ):
             for token in ids:
                 if not 0 <= token < vocab:
                     raise RequestRefused(f"{name} names token {token}, outside 0..{vocab - 1}")
         if params.allowed_token_ids is not None and not len(params.allowed_token_ids):
             raise RequestRefused("allowed_token_ids is empty: nothing could be generated")
+        if not all(len(word) for word in bad_words):
+            raise RequestRefused("bad_words holds an empty entry")
         if params.stop and len(texts) != params.n:
             raise RequestRefused("stop strings need a tokenizer")
 
@@ -243,14 +263,14 @@ class Engine:
         plan = self._plan()
         if not plan.grants:
             return []
-        trees = self._draft(plan)
-        batch = self._build(plan, trees)
         try:
+            trees = self._draft(plan)
+            batch = self._build(plan, trees)
             output = self.executor.submit(batch, self.cache.take_copies()).result()
+            deltas = self._verify_and_commit(plan, trees, batch, output)
         except Exception as error:
             logger.exception("a step failed; its sequences end with an error")
             return self._fail(plan, error)
-        deltas = self._verify_and_commit(plan, trees, batch, output)
         self.stats.steps += 1
         self.stats.rows += batch.num_rows
         self.stats.forward_seconds += output.seconds
@@ -331,7 +351,8 @@ class Engine:
         self, plan: Plan, trees: dict[int, TokenTree], batch: Batch, output: Output
     ) -> list[Delta]:
         best, _, lse = row_max_lse(output.logits)
-        rows = _Rows(output.logits.numpy(), best.tolist(), lse.numpy())
+        finite = bool(np.isfinite(lse.numpy()).all())
+        rows = _Rows(output.logits.numpy(), best.tolist(), lse.numpy(), finite)
         ends_at = batch.segment_wanted.tolist()
         moves = Moves([], [], [])
         extended: list[tuple[Delta, int, int]] = []  # with positions computed, row of the root
@@ -366,8 +387,9 @@ class Engine:
         for delta in deltas:
             sequence = delta.sequence
             sequence.figures.token_times.extend([now] * len(delta.tokens))
-            sequence.figures.steps += 1
-            self.stats.passes += 1
+            if delta.tokens:
+                sequence.figures.steps += 1
+                self.stats.passes += 1
             self.stats.tokens += len(delta.tokens)
             if sequence.finish_reason is not None:
                 self._retire(sequence)
@@ -388,11 +410,12 @@ class Engine:
 
         def choose(node: int) -> int:
             row = root_row + node
-            token = (
-                rows.best[row]
-                if sampler.plain
-                else sampler.choose(rows.logits[row], len(sequence.tokens))
-            )
+            if not sampler.plain:
+                token = sampler.choose(rows.logits[row], len(sequence.tokens))
+            elif rows.finite or np.isfinite(rows.lse[row]):
+                token = rows.best[row]
+            else:
+                raise NoTokenLeft("the model's logits are not numbers")
             if delta.logprobs is not None:
                 delta.logprobs.append(rows.logprobs(row, token, params.logprobs or 0))
             return token
@@ -497,6 +520,8 @@ class _Rows:
     logits: NDArray[np.float32]
     best: list[int]
     lse: NDArray[np.float32]
+    finite: bool
+    """Whether the logits of all rows are numbers."""
 
     def logprobs(self, row: int, token: int, k: int) -> Logprobs:
         """Of one token and of the k likeliest, from the raw logits."""

@@ -43,7 +43,8 @@ class PromptLookup:
     """Continues the latest earlier occurrence of the longest matching n-gram at the end.
 
     Costs a few dictionary look-ups a step whatever the context length, and pays where the output
-    repeats its context: editing, extraction, code, long answers about a document.
+    repeats its context: editing, extraction, code, long answers about a document. A match that
+    reaches the end goes on with its own proposal, so a repeated pattern is proposed whole.
     """
 
     k: int = 8
@@ -71,7 +72,7 @@ class PromptLookup:
         for n in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
             after = index.end[n - 1].get(tuple(tokens[-n:]))
             if after is not None:
-                return tokens[after : after + length]
+                return _copy(tokens, after, length)
         return []
 
     def observe(self, sequence: Draftable, tree: TokenTree, path: list[int], y: int) -> None:
@@ -79,3 +80,11 @@ class PromptLookup:
 
     def rollback(self, sequence: Draftable, length: int) -> None:
         sequence.draft_state = self.open()  # rebuilt from the tokens at the next proposal
+
+
+def _copy(tokens: list[int], start: int, length: int) -> list[int]:
+    """``length`` tokens from ``start`` on; past the end, what was copied is copied again."""
+    copied = tokens[start : start + length]
+    while len(copied) < length:
+        copied += copied[: length - len(copied)]
+    return copied

@@ -1,0 +1,108 @@
+"""Prompt lookup against a search by hand, and inside an engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hasten.decoding.params import SamplingParams
+from hasten.engine.engine import Engine, EngineConfig
+from hasten.models.base import Decoder
+from hasten.speculation.drafters.prompt_lookup import PromptLookup
+from hasten.speculation.tree import TokenTree
+from hasten.stack import Stack
+
+texts = st.lists(st.integers(0, 3), min_size=1, max_size=40)
+
+
+def by_hand(tokens: list[int], longest: int, shortest: int, count: int) -> list[int]:
+    """Longest n-gram at the end that occurs earlier; of its occurrences the latest. What follows
+    it is read token by token, from the proposal itself once the text is over."""
+    for n in range(longest, shortest - 1, -1):
+        tail = tokens[len(tokens) - n :]
+        if n >= len(tokens):
+            continue
+        for start in range(len(tokens) - n - 1, -1, -1):
+            if tokens[start : start + n] == tail:
+                text = list(tokens)
+                for i in range(count):
+                    text.append(text[start + n + i])
+                return text[len(tokens) :]
+    return []
+
+
+@given(texts, st.integers(1, 4), st.integers(0, 3), st.integers(1, 9), st.integers(0, 12))
+def test_the_latest_earlier_match(
+    tokens: list[int], low: int, more: int, k: int, budget: int
+) -> None:
+    drafter = PromptLookup(k=k, min_ngram=low, max_ngram=low + more)
+    sequence = SimpleNamespace(tokens=tokens, draft_state=drafter.open())
+    (tree,) = drafter.propose([sequence], [budget])
+    expected = by_hand(tokens, low + more, low, min(k, budget))
+    assert tree == TokenTree.chain([tokens[-1], *expected])
+    assert len(tree) - 1 <= min(k, budget)
+
+
+@given(texts, st.lists(st.integers(1, 7), max_size=12), st.integers(1, 4))
+def test_the_growing_index_equals_a_fresh_one(
+    tokens: list[int], growth: list[int], longest: int
+) -> None:
+    drafter = PromptLookup(max_ngram=longest)
+    sequence = SimpleNamespace(tokens=tokens[:1], draft_state=drafter.open())
+    for count in growth:
+        sequence.tokens += tokens[len(sequence.tokens) : len(sequence.tokens) + count]
+        (tree,) = drafter.propose([sequence], [8])
+        drafter.observe(sequence, tree, [0], sequence.tokens[-1])
+        fresh = SimpleNamespace(tokens=sequence.tokens, draft_state=drafter.open())
+        assert drafter.propose([fresh], [8]) == [tree]
+        assert fresh.draft_state == sequence.draft_state
+
+
+def test_rollback_forgets_what_was_cut_off() -> None:
+    drafter = PromptLookup()
+    sequence = SimpleNamespace(tokens=[1, 2, 3, 4, 1, 2, 9, 1, 2], draft_state=drafter.open())
+    assert drafter.propose([sequence], [1])[0].token == [2, 9]
+    sequence.tokens = sequence.tokens[:6]
+    drafter.rollback(sequence, 6)
+    assert drafter.propose([sequence], [1])[0].token == [2, 3]
+
+
+def test_sequences_do_not_see_each_other() -> None:
+    drafter = PromptLookup()
+    both = [
+        SimpleNamespace(tokens=[5, 6, 7, 5], draft_state=drafter.open()),
+        SimpleNamespace(tokens=[6, 8, 5], draft_state=drafter.open()),
+    ]
+    assert [tree.token for tree in drafter.propose(both, [8, 8])] == [
+        [5, 6, 7, 5, 6, 7, 5, 6, 7],
+        [5],
+    ]
+
+
+@pytest.mark.parametrize("bad", [{"k": 0}, {"min_ngram": 0}, {"min_ngram": 3, "max_ngram": 2}])
+def test_bad_parameters(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        PromptLookup(**bad)
+
+
+def test_the_same_text_in_fewer_steps(tiny: Callable[..., Decoder]) -> None:
+    model = tiny("llama")
+    rng = random.Random(5)
+    prompt = [rng.randrange(2, 61) for _ in range(21)] * 2
+    outputs, steps = [], []
+    for text in ("plain", "draft=prompt-lookup(k=5)"):
+        engine = Engine(model, Stack.parse(text), EngineConfig(max_sequences=2))
+        request = engine.add(prompt, SamplingParams(max_tokens=120, ignore_eos=True))
+        while engine.has_work:
+            engine.step()
+        outputs.append(request.sequences[0].tokens)
+        steps.append(engine.stats.steps)
+        figures = request.sequences[0].figures
+        assert figures.accepted == engine.stats.accepted <= engine.stats.drafted
+    assert outputs[0] == outputs[1]
+    assert steps[1] == steps[0] - engine.stats.accepted < steps[0]
