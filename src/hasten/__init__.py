@@ -25,7 +25,7 @@ _HOME = {
     "Stack": "hasten.stack",
 }
 
-_NO_TORCH = (
+NO_TORCH = (
     "hasten needs torch 2.6 or newer, which is not installed with it because the right build "
     "depends on the machine. Without a GPU: pip install torch --index-url "
     "https://download.pytorch.org/whl/cpu ; with one: pip install 'hasten[gpu]'"
@@ -33,12 +33,12 @@ _NO_TORCH = (
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that ``hasten --help`` and ``hasten methods`` stay instant."""
+    """Import on first use, so that ``hasten --help`` and ``import hasten`` stay instant."""
     if name not in _HOME:
         raise AttributeError(f"module 'hasten' has no attribute '{name}'")
     try:
         return getattr(importlib.import_module(_HOME[name]), name)
     except ModuleNotFoundError as error:
         if error.name == "torch":
-            raise ModuleNotFoundError(_NO_TORCH, name="torch") from None
+            raise ModuleNotFoundError(NO_TORCH, name="torch") from None
         raise

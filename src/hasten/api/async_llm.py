@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from typing import Any
 
 from hasten.api.frontend import Frontend
@@ -17,6 +19,10 @@ from hasten.decoding.params import SamplingParams
 from hasten.stack import Stack
 
 logger = logging.getLogger(__name__)
+
+
+Sink = Callable[[Piece | Exception], None]
+Command = tuple[Future[Any], Callable[[], Any]]
 
 
 class EngineStopped(RuntimeError):
@@ -39,9 +45,12 @@ class AsyncLLM:
     ) -> None:
         """Load the model in the calling thread; ``sizes`` as for ``LLM``."""
         self._front = Frontend(model, stack=stack, **sizes)
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._sinks: dict[str, Callable[[Piece | Exception], None]] = {}
-        self._failure: Exception | None = None
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._sinks: dict[str, Sink] = {}
+        self._ending = threading.Lock()
+        """Held while a command is queued: none can slip in after the last was answered."""
+        self._stopped: str | None = None
+        """Why no command is taken any more."""
         self._thread = threading.Thread(target=self._run, name="hasten-engine", daemon=True)
         self._thread.start()
 
@@ -70,10 +79,77 @@ class AsyncLLM:
         def sink(item: Piece | Exception) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, item)
 
+        options = {"request_id": request_id, "tenant": tenant, "priority": priority}
+        async with self._submitted(sink, prompt, params, options):
+            open_outputs = 1 if params is None else params.n
+            while open_outputs:
+                item = await pieces.get()
+                if isinstance(item, Exception):
+                    raise item
+                open_outputs -= item.finish_reason is not None
+                yield item
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+    ) -> RequestOutput:
+        """The whole output of one request; raises as ``stream`` does."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[RequestOutput] = loop.create_future()
+        open_outputs = 1 if params is None else params.n
+
+        def settle(outcome: RequestOutput | Exception) -> None:
+            if result.done():  # the caller was cancelled in the meantime
+                return
+            if isinstance(outcome, Exception):
+                result.set_exception(outcome)
+            else:
+                result.set_result(outcome)
+
+        def sink(item: Piece | Exception) -> None:
+            nonlocal open_outputs
+            if isinstance(item, Exception):
+                loop.call_soon_threadsafe(settle, item)
+                return
+            open_outputs -= item.finish_reason is not None
+            if not open_outputs:
+                loop.call_soon_threadsafe(settle, self._front.collect(item.request_id))
+
+        options = {"request_id": request_id, "tenant": tenant, "priority": priority}
+        async with self._submitted(sink, prompt, params, options):
+            return await result
+
+    async def close(self) -> None:
+        """End the engine thread. Requests that still run raise ``EngineStopped``."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # ---- between threads --------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _submitted(
+        self,
+        sink: Sink,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None,
+        options: dict[str, Any],
+    ) -> AsyncIterator[None]:
+        """A request that runs inside the block and is ended with it. ``sink`` is called in the
+        engine thread."""
+
         def submit() -> str:
-            request = self._front.submit(
-                prompt, params, request_id=request_id, tenant=tenant, priority=priority
-            )
+            request = self._front.submit(prompt, params, **options)
             self._sinks[request.id] = sink
             return request.id
 
@@ -86,79 +162,18 @@ class AsyncLLM:
                 lambda f: None if f.cancelled() or f.exception() else self._forget(f.result())
             )
             raise
-        open_outputs = (params or SamplingParams()).n
         try:
-            while open_outputs:
-                item = await pieces.get()
-                if isinstance(item, Exception):
-                    raise item
-                open_outputs -= item.finish_reason is not None
-                yield item
+            yield
         finally:
             self._forget(name)
 
-    async def generate(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams | None = None,
-        **options: Any,
-    ) -> RequestOutput:
-        """The whole output of one request."""
-        result: Future[RequestOutput] = Future()
-        loop = asyncio.get_running_loop()
-        done = asyncio.Event()
-
-        def submit() -> str:
-            request = self._front.submit(prompt, params, **options)
-
-            def sink(item: Piece | Exception) -> None:
-                if isinstance(item, Exception):
-                    result.set_exception(item)
-                elif request.finished and not result.done():
-                    result.set_result(self._front.collect(request.id))
-                else:
-                    return
-                self._sinks.pop(request.id, None)
-                loop.call_soon_threadsafe(done.set)
-
-            self._sinks[request.id] = sink
-            return request.id
-
-        name = await asyncio.wrap_future(self._call(submit))
-        try:
-            await done.wait()
-        except asyncio.CancelledError:
-            self._forget(name)
-            raise
-        return result.result()
-
-    async def close(self) -> None:
-        """End all requests and the engine thread."""
-        self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
-
-    async def __aenter__(self) -> AsyncLLM:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    # ---- between threads --------------------------------------------------------------------
-
     def _call(self, work: Callable[[], Any]) -> Future[Any]:
         """Run ``work`` in the engine thread between two steps."""
-        if self._failure is not None or not self._thread.is_alive():
-            raise EngineStopped(f"the engine has stopped: {self._failure or 'closed'}")
         future: Future[Any] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except Exception as error:
-                    future.set_exception(error)
-
-        self._commands.put(run)
+        with self._ending:
+            if self._stopped is not None:
+                raise EngineStopped(self._stopped)
+            self._commands.put((future, work))
         return future
 
     def _forget(self, request_id: str) -> None:
@@ -166,26 +181,22 @@ class AsyncLLM:
 
         def work() -> None:
             self._sinks.pop(request_id, None)
-            self._front.abort(request_id)
-            self._front.forget(request_id)
+            self._front.discard(request_id)
 
-        if self._thread.is_alive():
-            self._commands.put(work)
+        with contextlib.suppress(EngineStopped):
+            self._call(work)
 
     def _run(self) -> None:
+        reason = "it was closed"
         try:
             while self._take_commands():
                 for piece in self._front.step():
-                    sink = self._sinks.get(piece.request_id)
-                    if sink is not None:
-                        sink(piece)
+                    self._deliver(piece.request_id, piece)
         except Exception as error:
             logger.exception("the engine thread failed")
-            self._failure = error
+            reason = f"{type(error).__name__}: {error}"
         finally:
-            stopped = EngineStopped(f"the engine has stopped: {self._failure or 'closed'}")
-            for sink in list(self._sinks.values()):
-                sink(stopped)
+            self._stop(f"the engine has stopped: {reason}")
 
     def _take_commands(self) -> bool:
         """Run queued commands; wait for one while there is no work. False = close."""
@@ -196,4 +207,33 @@ class AsyncLLM:
                 return True
             if command is None:
                 return False
-            command()
+            future, work = command
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except Exception as error:
+                    future.set_exception(error)
+
+    def _deliver(self, request_id: str, item: Piece | Exception) -> None:
+        sink = self._sinks.get(request_id)
+        if sink is None:
+            return
+        try:
+            sink(item)
+        except RuntimeError:  # its event loop is closed: nobody waits any more
+            del self._sinks[request_id]
+            self._front.discard(request_id)
+
+    def _stop(self, why: str) -> None:
+        """Tell everybody who waits, now or later, and give the pages back."""
+        with self._ending:
+            self._stopped = why
+        for request_id in list(self._sinks):
+            self._deliver(request_id, EngineStopped(why))
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None and command[0].set_running_or_notify_cancel():
+                command[0].set_exception(EngineStopped(why))
+        for request_id in list(self._sinks):
+            self._front.discard(request_id)
+        self._sinks.clear()

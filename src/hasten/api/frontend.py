@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hasten.api.interrupts import held_back
 from hasten.api.output import Completion, Piece, RequestOutput
 from hasten.decoding.params import SamplingParams
 from hasten.decoding.text import TextStream
 from hasten.engine.engine import Engine, EngineConfig, RequestRefused
 from hasten.engine.request import Delta, Logprobs, Request
 from hasten.models.base import Decoder
-from hasten.models.loading import load_model, locate
+from hasten.models.loading import load_model, locate, read_facts
 from hasten.models.tokenizer import Tokenizer
 from hasten.stack import Stack
 
@@ -65,6 +67,7 @@ class Frontend:
         self.stack = Stack.parse(stack)
         self.name = str(model)
         self.folder = locate(resolve(model))
+        read_facts(self.folder)  # first: a folder without a model has no tokenizer either
         self.tokenizer = Tokenizer.load(self.folder)
         dtype = self.stack["weights"].torch_dtype
         if share is None or dtype not in (None, share.config.dtype):
@@ -94,7 +97,7 @@ class Frontend:
     ) -> Request:
         """Queue a prompt (text or token ids). Raises ``RequestRefused`` if it can never run."""
         params = params or SamplingParams()
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._ids(prompt)
         texts = [
             TextStream(
                 self.tokenizer.decode_stream(ids, params.skip_special_tokens),
@@ -118,6 +121,17 @@ class Frontend:
         self._entries[request.id] = _Entry(request, text, outputs)
         return request
 
+    def _ids(self, prompt: Sequence[int]) -> list[int]:
+        """Plain integers, of any kind that counts as one (numpy's, a tensor's elements)."""
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise RequestRefused("a prompt is text or a list of token ids") from None
+        vocab = self.engine.model.config.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:  # before the tokenizer sees them
+            raise RequestRefused(f"prompt has token ids outside 0..{vocab - 1}")
+        return ids
+
     def _bad_word(self, word: str | Sequence[int]) -> list[int]:
         ids = (
             self.tokenizer.encode(word, add_special_tokens=False)
@@ -129,12 +143,14 @@ class Frontend:
         return ids
 
     def step(self) -> list[Piece]:
-        """One engine step; returns what it added, as text."""
-        return self._pieces(self.engine.step())
+        """One engine step; returns what it added, as text. Ctrl-C waits for its end."""
+        with held_back():
+            return self._pieces(self.engine.step())
 
     def abort(self, request_id: str) -> list[Piece]:
         """End a request; its last pieces say ``finish_reason="abort"``."""
-        return self._pieces(self.engine.abort(request_id))
+        with held_back():
+            return self._pieces(self.engine.abort(request_id))
 
     def _pieces(self, deltas: Iterable[Delta]) -> list[Piece]:
         pieces = []
@@ -169,8 +185,9 @@ class Frontend:
             )
         return pieces
 
-    def forget(self, request_id: str) -> None:
-        """Drop what is kept about a request that ended; unknown ids are normal."""
+    def discard(self, request_id: str) -> None:
+        """End a request that nobody waits for, and drop its output; unknown ids are normal."""
+        self.abort(request_id)
         self._entries.pop(request_id, None)
 
     def collect(self, request_id: str) -> RequestOutput:

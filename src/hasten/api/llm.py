@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hasten.api.frontend import Frontend
+from hasten.api.interrupts import held_back
 from hasten.api.output import Piece, RequestOutput, Score
 from hasten.decoding.params import SamplingParams
-from hasten.engine.engine import Engine, EngineStats
-from hasten.engine.request import Figures
+from hasten.engine.engine import Engine, EngineStats, RequestRefused
+from hasten.engine.request import Figures, Request
 from hasten.stack import Stack
 
 Prompt = str | Sequence[int]
@@ -59,6 +62,7 @@ class LLM:
         )
         self.last_figures: Figures | None = None
         """Of the request that was last streamed."""
+        self._streams: dict[str, deque[Piece]] = {}
 
     @property
     def stack(self) -> Stack:
@@ -104,13 +108,16 @@ class LLM:
         ids: list[str] = []
         try:
             for prompt, p in zip(many, each, strict=True):
-                ids.append(self.frontend.submit(prompt, p, tenant=tenant).id)
+                with held_back():
+                    ids.append(self.frontend.submit(prompt, p, tenant=tenant).id)
             self._drain(set(ids), progress)
-        except BaseException:  # Ctrl-C too: leave no request behind
+            return [self.frontend.collect(request_id) for request_id in ids]
+        except BaseException as error:  # Ctrl-C too: leave no request behind
             for request_id in ids:
-                self.frontend.abort(request_id)
+                self.frontend.discard(request_id)
+            if isinstance(error, RequestRefused) and len(many) > 1:
+                raise RequestRefused(f"prompts[{len(ids)}]: {error}") from None
             raise
-        return [self.frontend.collect(request_id) for request_id in ids]
 
     def chat(
         self,
@@ -136,17 +143,26 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, tenant: str = ""
     ) -> Iterator[Piece]:
-        """Complete one prompt piece by piece. Leaving the loop early ends the request."""
-        request = self.frontend.submit(prompt, params, tenant=tenant)
+        """Complete one prompt piece by piece. Leaving the loop early ends the request.
+
+        Several streams may be open at the same time; their requests then share the engine's steps.
+        """
+        request: Request | None = None
+        pieces: deque[Piece] = deque()
         try:
-            while not request.finished:
-                for piece in self.frontend.step():
-                    if piece.request_id == request.id:
-                        yield piece
+            with held_back():
+                request = self.frontend.submit(prompt, params, tenant=tenant)
+                self._streams[request.id] = pieces
+            while pieces or not request.finished:
+                if not pieces:
+                    self._step()
+                while pieces:
+                    yield pieces.popleft()
         finally:
-            self.frontend.abort(request.id)
-            self.frontend.forget(request.id)
-            self.last_figures = request.sequences[0].figures
+            if request is not None:
+                self.frontend.discard(request.id)
+                self._streams.pop(request.id, None)
+                self.last_figures = request.sequences[0].figures
 
     def score(
         self, texts: Prompt | Sequence[Prompt], contexts: Prompt | Sequence[Prompt] | None = None
@@ -185,11 +201,17 @@ class LLM:
             return self.frontend.tokenizer.encode(prompt, add_special_tokens=not continues)
         return list(prompt)
 
+    def _step(self) -> None:
+        """One step, its pieces handed to the streams that wait for them."""
+        for piece in self.frontend.step():
+            if piece.request_id in self._streams:
+                self._streams[piece.request_id].append(piece)
+
     def _drain(self, ids: set[str], progress: bool) -> None:
         requests = self.frontend.engine.requests
         if not (progress and sys.stderr.isatty()):
             while ids & requests.keys():
-                self.frontend.step()
+                self._step()
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -200,15 +222,25 @@ class LLM:
             task = bar.add_task("", total=len(ids))
             while left := ids & requests.keys():
                 bar.update(task, completed=len(ids) - len(left))
-                self.frontend.step()
+                self._step()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if len(prompts) and isinstance(prompts[0], int):
+    if isinstance(prompts, Mapping) or not hasattr(prompts, "__len__"):
+        what = type(prompts).__name__
+        raise TypeError(f"prompts are text, token ids, or a list of these, not {what}")
+    if isinstance(prompts, str) or (len(prompts) and _is_int(prompts[0])):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _is_int(value: Any) -> bool:
+    """Whether it is a whole number of any kind (numpy's, a tensor's element)."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _broadcast(
@@ -216,6 +248,8 @@ def _broadcast(
 ) -> list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if not all(isinstance(p, SamplingParams) for p in params):
+        raise TypeError("params are SamplingParams, one for all prompts or one for each")
     if len(params) != count:
         raise ValueError(f"{count} prompts but {len(params)} sampling parameters")
     return list(params)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hasten.api.frontend import Frontend
+from hasten.api.interrupts import held_back
 from hasten.api.output import Piece, RequestOutput
 from hasten.bench.workloads import Item
 from hasten.decoding.params import SamplingParams
-from hasten.models.chat_template import ChatTemplateError
 
 
 @dataclass(slots=True)
@@ -75,8 +75,7 @@ class ItemRunner:
                 yield from self._step()
         finally:
             for request_id in list(self._active):
-                self.front.abort(request_id)
-                self.front.forget(request_id)
+                self.front.discard(request_id)
             self._active.clear()
 
     def _begin(self, item: Item) -> Progress | None:
@@ -84,8 +83,10 @@ class ItemRunner:
         progress = Progress(item, self.params)
         try:
             progress.params = replace(self.params, **item.params)
+            if progress.params.n != 1:
+                raise ValueError("n > 1 is not possible here: give the prompt several lines")
             self._submit(progress)
-        except (ValueError, TypeError, ChatTemplateError) as error:
+        except (ValueError, TypeError) as error:
             progress.error = str(error)
             return progress
         return None
@@ -104,9 +105,10 @@ class ItemRunner:
             ids = tokenizer.chat_ids(progress.messages)
         if self.truncate:
             room = self.front.engine.max_length - min(progress.params.max_tokens or 1, 256)
-            ids = ids[-room:]
-        request = self.front.submit(ids, progress.params)
-        self._active[request.id] = progress
+            ids = ids[-max(room, 1) :]
+        with held_back():
+            request = self.front.submit(ids, progress.params)
+            self._active[request.id] = progress
 
     def _step(self) -> Iterator[Event]:
         finished: dict[str, None] = {}

@@ -22,7 +22,7 @@ class Run:
         seconds: from the first prompt's submission to the last token.
         tokens: output token ids, by item.
         ttft: seconds to the first token, by item.
-        tpot: seconds per token after the first, by item that has at least two.
+        tpot: seconds per token after the first, by item that took at least two steps.
         accepted, passes: accepted drafts and target passes, where drafts are used.
         outside: share of the step time that was not the model's forward, where known.
     """
@@ -87,21 +87,26 @@ class HastenContestant:
 def _note_times(run: Run, figures: Any) -> None:
     times = figures.token_times
     run.ttft.append(times[0] - figures.arrived)
-    if len(times) > 1:
+    if times[-1] > times[0]:  # else one step gave all tokens, and says nothing about the next
         run.tpot.append((times[-1] - times[0]) / (len(times) - 1))
 
 
 class TransformersContestant:
-    """transformers' own ``generate``, eager, greedy, all prompts of a run as one padded batch."""
+    """transformers' own ``generate``, eager, greedy, all prompts of a run as one padded batch.
+
+    It goes on past the end-of-sequence token; others do the same with ``ignore_eos``.
+    """
 
     def __init__(self, folder: str, dtype: Any, tokenizer: Any) -> None:
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         self.name = f"transformers {transformers.__version__} (eager)"
         self._tokenizer = tokenizer
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
         ).eval()
+        self._model.generation_config.eos_token_id = None
 
     def run(self, items: Sequence[Item], params: SamplingParams) -> Run:
         import torch
@@ -128,7 +133,6 @@ class TransformersContestant:
                 ids,
                 attention_mask=mask,
                 max_new_tokens=count,
-                min_new_tokens=count,
                 do_sample=False,
                 stopping_criteria=StoppingCriteriaList([Clock()]),
             )

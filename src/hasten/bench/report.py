@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +70,20 @@ def write(folder: Path, title: str, rows: Sequence[Row], note: str = "") -> list
         f"Median (min-max) over {len(rows[0].runs)} interleaved rounds.\n\n{under.markdown()}"
     )
     data = folder / "report.json"
-    data.write_text(
-        json.dumps(
-            {"title": title, "conditions": vars(under), "rows": [_json(r) for r in rows]}, indent=1
-        )
-    )
+    data.write_text(json.dumps({"title": title, **as_json(rows, under)}, indent=1))
     return [markdown, data, *([image] if image else [])]
 
 
-def _json(row: Row) -> dict[str, Any]:
+def as_json(rows: Sequence[Row], under: Conditions) -> dict[str, Any]:
+    """Rows and conditions as plain values; every figure is a list with one entry per round."""
+    return {"conditions": vars(under), "rows": [_row(row) for row in rows]}
+
+
+def _row(row: Row) -> dict[str, Any]:
     return {
         "name": row.name,
         "tokens_per_second": row.tokens_per_second.values,
-        "decode_per_second": row.decode_per_second.values,
+        "decode_per_second": [x if isfinite(x) else None for x in row.decode_per_second.values],
         "ttft_ms": row.ttft_ms.values,
         "ratio": row.ratio.values,
         "output": row.output,

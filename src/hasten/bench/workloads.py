@@ -10,11 +10,13 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hasten.training.corpus import split, standard_library
+from hasten.decoding.params import SamplingParams
+from hasten.training.corpus import SourceFile, split, standard_library
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def code(count: int = 64, seed: int = 0) -> list[Item]:
     """
     rng = random.Random(f"code {seed}")
     items: list[Item] = []
-    files = split(standard_library())[1]
+    files = _held_out_files()
     while len(items) < count:
         lines = rng.choice(files).text.splitlines(keepends=True)
         starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("def ")]
@@ -52,6 +54,11 @@ def code(count: int = 64, seed: int = 0) -> list[Item]:
         prompt = "".join(lines[max(0, at - 40) : at + 1])[-2000:]
         items.append(Item(f"code-{len(items)}", prompt))
     return items
+
+
+@cache
+def _held_out_files() -> list[SourceFile]:
+    return split(standard_library())[1]
 
 
 def spec_bench(count: int | None = None) -> list[Item]:
@@ -99,16 +106,30 @@ def read_items(path: Path) -> Iterator[Item]:
     parameters.
 
     Raises:
-        WorkloadError: the file is missing, or a line is not one of these; it names the line.
+        WorkloadError: the file is missing, a line is not one of these, or an id comes twice; it
+            names the line.
     """
     try:
         file = path.open(encoding="utf-8")
     except OSError as error:
         raise WorkloadError(f"cannot read {path}: {error.strerror}") from None
+    lines: dict[str, int] = {}
     with file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _item(line, f"{path}:{number}", number)
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                item = _item(line, f"{path}:{number}", number)
+                if item.id in lines:
+                    raise WorkloadError(
+                        f"{path}:{number}: id '{item.id}' is that of line {lines[item.id]} already"
+                    )
+                lines[item.id] = number
+                yield item
+        except UnicodeDecodeError as error:
+            raise WorkloadError(f"{path} is not UTF-8 text ({error.reason})") from None
+        except OSError as error:  # a folder opens, but cannot be read
+            raise WorkloadError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _item(line: str, where: str, number: int) -> Item:
@@ -122,12 +143,18 @@ def _item(line: str, where: str, number: int) -> Item:
     params = row.get("params", {})
     if not isinstance(params, dict):
         raise WorkloadError(f"{where}: 'params' must be an object")
+    if unknown := params.keys() - {f.name for f in fields(SamplingParams)}:
+        raise WorkloadError(f"{where}: no sampling parameter is called '{min(unknown)}'")
+    try:
+        SamplingParams(**params)
+    except (ValueError, TypeError) as error:
+        raise WorkloadError(f"{where}: {error}") from None
     given = [key for key in ("prompt", "turns", "messages") if key in row]
     if len(given) != 1:
         raise WorkloadError(f"{where}: needs exactly one of 'prompt', 'turns' and 'messages'")
     value = row[given[0]]
     if given[0] == "prompt":
-        if isinstance(value, list) and all(isinstance(t, int) for t in value):
+        if isinstance(value, list) and all(type(t) is int for t in value):
             return Item(name, tuple(value), params=params)
         if isinstance(value, str):
             return Item(name, value, params=params)
@@ -135,5 +162,9 @@ def _item(line: str, where: str, number: int) -> Item:
     if not isinstance(value, list) or not value:
         raise WorkloadError(f"{where}: '{given[0]}' must be a list with something in it")
     if given[0] == "messages":
+        if not all(isinstance(message, dict) for message in value):
+            raise WorkloadError(f"{where}: 'messages' must hold objects with 'role' and 'content'")
         return Item(name, turns=(value,), params=params)
+    if not all(isinstance(turn, str) for turn in value):
+        raise WorkloadError(f"{where}: 'turns' must hold the user's texts")
     return Item(name, turns=tuple(value), params=params)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,9 +13,11 @@ from hasten.cli import options as o
 
 app = typer.Typer(no_args_is_help=True, help="Measure one stack at fixed lengths.")
 
-InputLen = Annotated[int, typer.Option(help="Prompt tokens (random ids).")]
-OutputLen = Annotated[int, typer.Option(help="Generated tokens; end-of-sequence is ignored.")]
-Rounds = Annotated[int, typer.Option(help="Counted rounds; one more warms up.")]
+InputLen = Annotated[int, typer.Option(min=1, help="Prompt tokens (random ids).")]
+OutputLen = Annotated[
+    int, typer.Option(min=1, help="Generated tokens; end-of-sequence is ignored.")
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Counted rounds; one more warms up.")]
 Peers = Annotated[bool, typer.Option("--peers", help="Also transformers (eager), interleaved.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -26,14 +29,17 @@ def latency(
     stack: o.StackText = None,
     input_len: InputLen = 128,
     output_len: OutputLen = 64,
-    batch: Annotated[int, typer.Option(help="Sequences together.")] = 1,
+    batch: o.Batch = 1,
     rounds: Rounds = 5,
     peers: Peers = False,
     output: Output = None,
     as_json: AsJson = False,
     threads: o.Threads = None,
 ) -> None:
-    """Time to first token and tokens per second of a fixed batch."""
+    """Time to first token and tokens per second of a fixed batch.
+
+    Example: hasten bench latency --batch 4 --stack draft=prompt-lookup
+    """
     with o.one_line_errors():
         _measure(
             "latency",
@@ -55,17 +61,20 @@ def latency(
 def throughput(
     model: o.Model = "reference",
     stack: o.StackText = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts in all.")] = 128,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 128,
     input_len: InputLen = 128,
     output_len: OutputLen = 64,
-    batch: Annotated[int, typer.Option(help="Sequences that run at the same time.")] = 64,
+    batch: o.Batch = 64,
     rounds: Rounds = 3,
     peers: Peers = False,
     output: Output = None,
     as_json: AsJson = False,
     threads: o.Threads = None,
 ) -> None:
-    """Tokens per second of many prompts in one continuous batch."""
+    """Tokens per second of many prompts in one continuous batch.
+
+    Example: hasten bench throughput --num-prompts 64 --batch 16 -o results
+    """
     with o.one_line_errors():
         _measure(
             "throughput",
@@ -97,6 +106,7 @@ def _measure(
     as_json: bool,
     threads: int | None,
 ) -> None:
+    o.folder_to_write(output)
     o.set_threads(threads)
     from hasten.api.figures import bandwidth_share
     from hasten.api.frontend import Frontend
@@ -112,7 +122,8 @@ def _measure(
         dtype = front.engine.model.config.dtype
         contestants.append(TransformersContestant(str(front.folder), dtype, front.tokenizer))
     params = o.sampling(max_tokens=output_len, temperature=0.0)
-    rows = comparison.compare(contestants, items, params, rounds)
+    with o.line_of_rounds(rounds) as show:
+        rows = comparison.compare(contestants, items, params, rounds, show)
     achieved, achievable = bandwidth_share(front.engine)
     shape = f"{count} prompts of {input_len} tokens, {output_len} generated, batch {batch}"
     share = (
@@ -120,29 +131,16 @@ def _measure(
         f"{achievable / 1e9:.1f} GB/s that a plain read of as many bytes reaches"
     )
     if as_json:
-        print(json.dumps(_json(rows, shape, achieved, achievable, report.conditions())))
+        figures = {
+            "shape": shape,
+            "decode_bytes_per_second": achieved,
+            "read_bytes_per_second": achievable,
+        }
+        print(json.dumps(figures | report.as_json(rows, report.conditions())))
     else:
         print(comparison.table(rows))
         print(f"\n{shape}; {share}.\n{report.conditions().markdown()}")
     if output is not None:
         title = f"{what}: {model}"
-        report.write(output, title, rows, f"{shape}; {share}.")
-
-
-def _json(rows: Any, shape: str, achieved: float, achievable: float, under: Any) -> dict[str, Any]:
-    return {
-        "shape": shape,
-        "decode_bytes_per_second": achieved,
-        "read_bytes_per_second": achievable,
-        "conditions": vars(under),
-        "rows": [
-            {
-                "name": row.name,
-                "tokens_per_second": row.tokens_per_second.values,
-                "decode_per_second": row.decode_per_second.values,
-                "ttft_ms": row.ttft_ms.values,
-                "outside_percent": row.outside.values if row.outside else None,
-            }
-            for row in rows
-        ],
-    }
+        for path in report.write(output, title, rows, f"{shape}; {share}."):
+            print(f"wrote {path}", file=sys.stderr)

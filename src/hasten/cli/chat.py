@@ -63,9 +63,11 @@ def chat(
                 for piece in llm.stream(llm.chat_prompt(messages), params):
                     print(piece.text, end="", flush=True)
                     answer += piece.text
+                    if piece.error:
+                        raise ValueError(piece.error)
             except KeyboardInterrupt:
                 print(" (stopped)", end="")
-            except ValueError as error:  # the conversation no longer fits: keep what there was
+            except ValueError as error:  # mostly: the conversation no longer fits
                 messages.pop()
                 print(f"hasten: {error}; /reset starts over", file=sys.stderr)
                 continue

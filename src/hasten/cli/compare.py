@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -18,17 +20,22 @@ def compare(
     workload: Annotated[
         str, typer.Option("--workload", "-w", help="code, spec-bench, or a JSONL file.")
     ] = "code",
-    limit: Annotated[int, typer.Option(help="Prompts of the workload to use.")] = 16,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts of the workload to use.")] = 16,
     model: o.Model = "reference",
     max_tokens: o.MaxTokens = 64,
-    batch: Annotated[int, typer.Option(help="Sequences that run at the same time.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Counted rounds; one more warms up.")] = 5,
+    batch: o.Batch = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; one more warms up.")] = 5,
     peers: Annotated[
-        bool, typer.Option("--peers", help="Measure transformers (eager) in the same rounds.")
+        bool,
+        typer.Option(
+            "--peers",
+            help="Also measure transformers (eager); every output then has --max-tokens tokens.",
+        ),
     ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for Markdown, JSON and PNG.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     threads: o.Threads = None,
 ) -> None:
     """Measure stacks in interleaved rounds: speed, and whether the output stays the same.
@@ -39,20 +46,34 @@ def compare(
     Example: hasten compare plain draft=prompt-lookup select=sink-window -w code
     """
     with o.one_line_errors():
+        from hasten.bench import workloads
+
+        if workload in workloads.WORKLOADS:
+            items = workloads.workload(workload, limit)
+        elif Path(workload).suffix == ".jsonl":
+            items = list(islice(workloads.read_items(Path(workload)), limit))
+        else:
+            names = ", ".join(workloads.WORKLOADS)
+            o.fail(f"no workload '{workload}'; give one of {names}, or a file ending in .jsonl")
+        if not items:
+            o.fail(f"{workload} holds no prompts")
+        o.folder_to_write(output)
         o.set_threads(threads)
         from hasten.api.frontend import Frontend
-        from hasten.bench import comparison, report, workloads
+        from hasten.bench import comparison, report
         from hasten.bench.contestants import (
             Contestant,
             HastenContestant,
             TransformersContestant,
         )
+        from hasten.stack import Stack
 
-        if Path(workload).suffix == ".jsonl":
-            items = list(workloads.read_items(Path(workload)))[:limit]
-        else:
-            items = workloads.workload(workload, limit)
-        params = o.sampling(max_tokens=max_tokens, temperature=0.0)
+        chosen = [str(Stack.parse(text)) for text in stacks]
+        for name in chosen:
+            if chosen.count(name) > 1:
+                o.fail(f"the stack '{name}' is given twice; each is measured once per round")
+        # transformers runs a padded batch to its full length, so then everybody does
+        params = o.sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=peers)
         contestants: list[Contestant] = []
         decoder = None
         for text in stacks:
@@ -66,24 +87,14 @@ def compare(
             contestants.append(
                 TransformersContestant(str(first.front.folder), dtype, first.front.tokenizer)
             )
-        total = rounds * len(contestants)
-
-        def progress(name: str, round_: int) -> None:
-            if sys.stderr.isatty():
-                print(f"\r\033[Kround {round_} of {rounds}: {name}", end="", file=sys.stderr)
-
-        rows = comparison.compare(contestants, items, params, rounds, progress)
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-        print(comparison.table(rows))
-        print(
-            f"\n{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens at most; "
-            f"{total} runs.\n{report.conditions().markdown()}"
-        )
+        with o.line_of_rounds(rounds) as show:
+            rows = comparison.compare(contestants, items, params, rounds, show)
+        shape = f"{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens, greedy"
+        if as_json:
+            print(json.dumps({"shape": shape} | report.as_json(rows, report.conditions())))
+        else:
+            print(comparison.table(rows))
+            print(f"\n{shape}; {rounds} rounds.\n{report.conditions().markdown()}")
         if output is not None:
-            note = (
-                f"{len(items)} prompts of `{workload}`, batch {batch}, at most {max_tokens} "
-                "tokens, greedy."
-            )
-            for path in report.write(output, f"{model}: {workload}", rows, note):
+            for path in report.write(output, f"{model}: {workload}", rows, f"{shape}."):
                 print(f"wrote {path}", file=sys.stderr)

@@ -23,7 +23,7 @@ def generate(
     min_p: o.MinP = None,
     seed: o.Seed = None,
     stop: o.Stop = None,
-    n: Annotated[int, typer.Option("-n", help="Outputs to generate.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, help="Outputs to generate.")] = 1,
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
@@ -53,14 +53,14 @@ def generate(
         from hasten.api.figures import line_of_figures
         from hasten.api.llm import LLM
 
-        llm = LLM(model, stack=stack, progress=True)
+        llm = LLM(model, stack=stack, max_sequences=n, progress=True)
         given = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
         if n == 1:
             for piece in llm.stream(given, params):
                 print(piece.text, end="", flush=True)
                 if piece.error:
                     raise ValueError(piece.error)
-            print()
+            print(flush=True)
         else:
             for output in llm.generate(given, params)[0].outputs:
                 print(f"--- {output.index} ({output.finish_reason})\n{output.text}")

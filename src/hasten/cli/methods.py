@@ -32,6 +32,7 @@ def methods(
             print(compatibility_table())
             return
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False)
@@ -39,15 +40,16 @@ def methods(
             table.add_column(column, overflow="fold")
         for card in chosen:
             parameters = ", ".join(f"{k}={v}" for k, v in card.parameters.items())
+            what = card.summary.replace("``", "")
             table.add_row(
                 ", ".join(card.slots),
-                f"[bold]{card.name}[/bold]" + (f"({parameters})" if parameters else ""),
+                f"[bold]{card.name}[/bold]" + escape(f"({parameters})" if parameters else ""),
                 card.exact,
-                card.summary,
+                escape(what) + (f"\n[dim]{escape(card.paper)}[/dim]" if card.paper else ""),
             )
         console = Console()
         console.print(table)
         console.print(
-            "\nA stack names choices for some slots; the first of each slot is the plain one:\n"
+            "\nThe first method of each slot is its plain choice. A stack names the others:\n"
             "  hasten generate --stack 'draft=prompt-lookup(k=8),select=sink-window' 'def f(x):'"
         )

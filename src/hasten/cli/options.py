@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+import hasten
 
 if TYPE_CHECKING:
     from hasten.decoding.params import SamplingParams
@@ -23,11 +27,11 @@ StackText = Annotated[
     typer.Option(
         "--stack",
         "-s",
-        help="One choice per slot, such as 'draft=prompt-lookup(k=8),select=sink-window'. "
-        "'hasten methods' lists the choices.",
+        help="Methods to use, such as 'draft=prompt-lookup(k=8)', separated by commas; "
+        "'hasten methods' lists them. Default: the plain choice everywhere.",
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy. Default: what the model's files say.")
 ]
@@ -38,15 +42,14 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Stop = Annotated[
     list[str] | None, typer.Option(help="Text that ends the output; may be given several times.")
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences that run at the same time.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 
 
 def set_threads(threads: int | None) -> None:
     """Threads for the kernels and for torch, before a model is loaded."""
     if threads is None:
         return
-    if threads < 1:
-        fail(f"--threads is {threads}, must be at least 1")
     import torch
 
     from hasten import _native
@@ -64,7 +67,7 @@ def sampling(**values: Any) -> SamplingParams:
 
 def fail(message: str) -> NoReturn:
     """One line on standard error, exit status 1."""
-    print(f"hasten: {message}", file=sys.stderr)
+    print("hasten:", *message.splitlines(), file=sys.stderr)
     raise typer.Exit(1)
 
 
@@ -73,8 +76,40 @@ def one_line_errors() -> Iterator[None]:
     """Turn what a user can mend (bad values, bad files, missing packages) into one line."""
     try:
         yield
-    except (ValueError, FileNotFoundError, PermissionError, ModuleNotFoundError) as error:
-        fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough: typer ends without a word
+        raise
+    except ModuleNotFoundError as error:
+        fail(hasten.NO_TORCH if error.name == "torch" else f"{error}; is the package installed?")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        fail(f"{where}{error.strerror or error}")
+    except (ValueError, MemoryError) as error:
+        fail(str(error) or "out of memory")
     except KeyboardInterrupt:
         print("\nhasten: interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def folder_to_write(path: Path | None) -> None:
+    """Make a report's folder before the measurement, so that a bad path costs no time."""
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            fail(f"{path}: no permission to write")
+
+
+@contextmanager
+def line_of_rounds(rounds: int) -> Iterator[Callable[[str, int], None]]:
+    """A line on a terminal that says which round runs (0 warms up), wiped at the end."""
+    terminal = sys.stderr.isatty()
+
+    def show(name: str, round_: int) -> None:
+        if terminal:
+            what = f"round {round_} of {rounds}" if round_ else "warming up"
+            print(f"\r\033[K{what}: {name}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

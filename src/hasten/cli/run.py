@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -32,9 +33,12 @@ def run(
         typer.Option("--output", "-o", help="JSONL to append to; finished ids are skipped."),
     ] = None,
     workload: Annotated[
-        str | None, typer.Option(help="Built-in prompts instead of a file: code, spec-bench.")
+        str | None,
+        typer.Option(
+            "--workload", "-w", help="Built-in prompts instead of a file: code, spec-bench."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
     model: o.Model = "reference",
     stack: o.StackText = None,
     max_tokens: o.MaxTokens = 256,
@@ -44,18 +48,20 @@ def run(
     min_p: o.MinP = None,
     seed: o.Seed = None,
     stop: o.Stop = None,
-    batch: Annotated[int, typer.Option(help="Sequences that run at the same time.")] = 64,
+    batch: o.Batch = 64,
     show: Annotated[
         bool, typer.Option("--show", help="Stream the answers to standard output, in input order.")
     ] = False,
     truncate: Annotated[
-        bool, typer.Option(help="Cut prompts that are too long (their left end).")
+        bool, typer.Option("--truncate", help="Cut the left end of prompts that are too long.")
     ] = False,
     threads: o.Threads = None,
 ) -> None:
     """Answer many prompts in one continuous batch.
 
-    Interrupted runs resume: the same command goes on where the output file ends.
+    One line of JSON per prompt is appended to the output as it finishes: id, outputs (one per
+    turn), finish_reasons, figures, and error if there was one. Interrupted runs resume: the same
+    command goes on where the output file ends. The exit status is 1 if a prompt had an error.
 
     Example: hasten run questions.jsonl -o answers.jsonl --stack draft=prompt-lookup
     """
@@ -64,10 +70,8 @@ def run(
             o.fail("give either a JSONL file or --workload")
         if output is None and not show:
             o.fail("say where the answers go: --output FILE, or --show for the terminal")
-        o.set_threads(threads)
-        from hasten.api.figures import line_of_figures
-        from hasten.api.llm import LLM
-        from hasten.api.run_items import ItemRunner
+        if source is not None and output is not None and source.resolve() == output.resolve():
+            o.fail("the answers would go into the file of prompts; choose another --output")
         from hasten.bench import workloads
 
         params = o.sampling(
@@ -83,18 +87,24 @@ def run(
             items = workloads.workload(workload, limit)
         else:
             assert source is not None
-            items = list(workloads.read_items(source))[:limit]
-        done = _finished(output) if output is not None else set()
+            items = list(islice(workloads.read_items(source), limit))
+        if not items:
+            o.fail(f"{source} holds no prompts")
+        done = _finished(output) if output is not None else {}
         todo = [item for item in items if item.id not in done]
         if done:
-            print(
-                f"hasten: resuming, {len(items) - len(todo)} of {len(items)} done before",
-                file=sys.stderr,
-            )
+            _say_what_is_done(items, done)
         if not todo:
             return
+        sink = None
+        if output is not None:
+            sink = cleanup.enter_context(output.open("a", encoding="utf-8"))
+        o.set_threads(threads)
+        from hasten.api.figures import line_of_figures
+        from hasten.api.llm import LLM
+        from hasten.api.run_items import ItemRunner
+
         llm = LLM(model, stack=stack, max_sequences=batch, progress=True)
-        sink = cleanup.enter_context(output.open("a")) if output is not None else None
         runner = ItemRunner(llm.frontend, params, truncate)
         screen = _InOrder(todo, sys.stdout) if show else None
         began, results, errors, finished = time.perf_counter(), [], 0, 0
@@ -151,22 +161,39 @@ def _row(progress: Progress) -> dict[str, Any]:
     return row
 
 
-def _finished(output: Path) -> set[str]:
-    """Ids in an earlier output. A half-written last line is cut off, so that it is redone."""
+def _finished(output: Path) -> dict[str, bool]:
+    """Ids in an earlier output, and whether each ended in an error.
+
+    A half-written last line is cut off, so that it is redone. A file of another kind is refused
+    before anything in it changes.
+    """
     if not output.exists():
-        return set()
+        return {}
     data = output.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with output.open("rb+") as file:
-            file.truncate(len(whole))
-    done = set()
+    half = data[len(whole) :]
+    done = {}
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            done.add(str(json.loads(line)["id"]))
+            row = json.loads(line)
+            done[str(row["id"])] = "error" in row
+            row["outputs"]
         except (ValueError, KeyError, TypeError):
             o.fail(f"{output}:{number} is not a line that 'hasten run' wrote; choose another file")
+    if half:
+        start = b'{"id": '
+        if half[: len(start)] != start[: len(half)]:
+            o.fail(f"{output} ends in what 'hasten run' did not write; choose another file")
+        with output.open("rb+") as file:
+            file.truncate(len(whole))
     return done
+
+
+def _say_what_is_done(items: list[Item], done: dict[str, bool]) -> None:
+    before = [item.id for item in items if item.id in done]
+    errors = sum(done[name] for name in before)
+    retry = f", {errors} of them errors (delete their lines to try them again)" if errors else ""
+    print(f"hasten: resuming, {len(before)} of {len(items)} done before{retry}", file=sys.stderr)
 
 
 class _InOrder:
@@ -176,28 +203,31 @@ class _InOrder:
         self._order = [item.id for item in items]
         self._held: dict[str, list[str]] = {}
         self._ended: set[str] = set()
+        self._turns: dict[str, int] = {}  # turns whose heading is out
         self._at = 0
         self._out = out
 
     def take(self, event: Event) -> None:
-        name = event.progress.item.id
+        progress = event.progress
+        name = progress.item.id
         parts = self._held.setdefault(name, [])
-        if not parts and event.piece is not None and event.piece.index == 0:
-            item = event.progress.item
-            shown = item.prompt if item.prompt is not None else item.turns[0]
-            parts.append(f"\n[{name}] {_last_line(shown)}\n")
-        if event.piece is not None and event.piece.index == 0:
+        if event.piece is not None:
+            turn = len(progress.results)
+            if turn == self._turns.get(name, 0):
+                self._turns[name] = turn + 1
+                mark = f"[{name}]" if turn == 0 else ">"
+                parts.append(f"\n{mark} {_heading(progress.item, turn)}\n")
             parts.append(event.piece.text)
         if event.done:
-            if event.progress.error:
-                parts.append(f"\n[{name}] error: {event.progress.error}")
+            if progress.error:
+                parts.append(f"\n[{name}] error: {progress.error}")
             parts.append("\n")
             self._ended.add(name)
         while self._at < len(self._order):
             current = self._order[self._at]
             for text in self._held.get(current, ()):
                 self._out.write(text)
-            self._held[current] = [""]  # the heading is out
+            self._held[current] = []
             if current not in self._ended:
                 break
             del self._held[current]
@@ -205,8 +235,12 @@ class _InOrder:
         self._out.flush()
 
 
-def _last_line(prompt: Any) -> str:
-    text = prompt if isinstance(prompt, str) else str(prompt)
+def _heading(item: Item, turn: int) -> str:
+    """The end of what is asked, in one line."""
+    asked = item.prompt if item.prompt is not None else item.turns[turn]
+    if isinstance(asked, tuple):
+        return f"{len(asked)} token ids"
+    text = asked if isinstance(asked, str) else str(asked[-1].get("content", ""))
     return text[-300:].rstrip("\n").rsplit("\n", 1)[-1]
 
 

@@ -36,16 +36,16 @@ def reference(
     two to three hours; --minutes gives a shorter one.
     """
     with o.one_line_errors():
-        o.set_threads(threads)
-        from dataclasses import replace
-
-        from hasten.training.reference import Recipe, budget, train_reference
-
         known = ("target", "draft", "report")
         chosen = tuple(stages or known)
         for stage in chosen:
             if stage not in known:
                 o.fail(f"unknown stage '{stage}'; there are: {', '.join(known)}")
+        o.set_threads(threads)
+        from dataclasses import replace
+
+        from hasten.training.reference import Recipe, budget, train_reference
+
         recipe = Recipe()
         recipe = replace(
             recipe,

@@ -26,14 +26,13 @@ def widen(
     cache. Example: hasten widen /tmp/wide && hasten bench latency -m /tmp/wide
     """
     with o.one_line_errors():
+        if dtype not in ("float32", "bfloat16"):
+            o.fail(f"--dtype is '{dtype}', expected float32 or bfloat16")
         import torch
 
         from hasten.api.frontend import resolve
         from hasten.models.loading import locate
         from hasten.training.widen import widen as build
 
-        types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        if dtype not in types:
-            o.fail(f"--dtype is '{dtype}', expected float32 or bfloat16")
-        build(locate(resolve(model)), out, preset, dtype=types[dtype], seed=seed)
+        build(locate(resolve(model)), out, preset, dtype=getattr(torch, dtype), seed=seed)
         print(f"wrote {out}")

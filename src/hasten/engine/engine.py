@@ -446,13 +446,13 @@ class Engine:
     def _why_finished(self, sequence: Sequence, token: int, delta: Delta) -> FinishReason | None:
         """The end conditions, in order of precedence; follows the text where stops are given."""
         request = sequence.request
-        if token in request.eos or token in request.params.stop_token_ids:
-            return "stop"
-        if sequence.text is not None:
+        if sequence.text is not None:  # also the text of a token that ends the sequence
             search = sequence.num_output >= request.params.min_tokens
             delta.text = (delta.text or "") + sequence.text.push((token,), search)
-            if sequence.text.stopped_by is not None:
-                return "stop"
+        if token in request.eos or token in request.params.stop_token_ids:
+            return "stop"
+        if sequence.text is not None and sequence.text.stopped_by is not None:
+            return "stop"
         if len(sequence.tokens) >= request.limit:
             return "length"
         return None
