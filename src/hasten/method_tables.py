@@ -64,9 +64,12 @@ Generated from the methods' own cards by `python -m hasten.method_tables`; do no
 
 {methods_table()}
 
-"exact" is against the same stack with the method's slot set to its plain choice (the first of each
-slot): *bitwise* = the same bits under greedy decoding and under a seed, *distribution* = the same
-law of the output, *lossy* = another function, whose quality has to be measured.
+"exact" is against the stack's baseline: what defines the computed function stays (weights,
+stored values, what attention sees), every other slot takes its plain choice, the first of its
+rows. *bitwise* = the same bits under greedy decoding and under a seed, *distribution* = the
+same law of the output, *lossy* = another function, whose quality has to be measured. A cast
+(`dtype=bfloat16`) defines another function too; bitwise then means that nothing on top of it
+changes a bit.
 
 ## Who runs with whom
 

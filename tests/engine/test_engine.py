@@ -382,7 +382,8 @@ def test_figures_on_a_virtual_clock(tiny: Make) -> None:
     stats = engine.stats
     assert (stats.steps, stats.tokens, stats.passes, stats.finished) == (8, 6, 6, 2)
     assert stats.rows == 45 + 2 + 13 + 2 and stats.step_seconds == 4.0
-    assert stats.decode_steps == 4 and stats.decode_positions == 2 * (46 + 47)
+    page = engine.cache.layout.block_bytes()
+    assert stats.decode_steps == 4 and stats.decode_kv_bytes == 2 * (46 + 47) * page // 16
     with pytest.raises(ValueError, match="backwards"):
         clock.advance(-0.1)
 
@@ -489,3 +490,44 @@ def test_the_law_of_samples(tiny: Make, drafts: str | None, verify: Any, right: 
     )
     assert first > ALPHA, "the first token never has a draft"
     assert (second > ALPHA and both > ALPHA) == right, (second, both)
+
+
+def test_one_poisoned_request_harms_no_other(tiny: Make) -> None:
+    """A processor that fails ends its own request; the other goes on in the same steps."""
+    engine = engine_of(tiny("llama"))
+    good = engine.add([3, 4, 5], SamplingParams(max_tokens=6, ignore_eos=True))
+    bad = engine.add([3, 4, 6], SamplingParams(max_tokens=6, logit_bias={5: 1.0}))
+
+    def broken(*_: object) -> None:
+        raise IndexError("planted")
+
+    bad.sequences[0].sampler.choose = broken  # type: ignore[method-assign]
+    drain(engine)
+    assert bad.sequences[0].finish_reason == "error" and "planted" in bad.sequences[0].error
+    assert good.sequences[0].finish_reason == "length" and good.sequences[0].num_output == 6
+
+
+def test_a_stray_stream_cannot_stop_the_engine(tiny: Make) -> None:
+    """Pages held by a stream that does not run are found when nothing else can go on."""
+    engine = engine_of(tiny("llama"), max_sequences=1)
+    request = engine.add([3] * 20, SamplingParams(max_tokens=2, ignore_eos=True))
+    engine.step()
+    sequence = request.sequences[0]
+    engine.running.remove(sequence)  # lost: its table row and its pages stay taken
+    other = engine.add([4] * 20, SamplingParams(max_tokens=2, ignore_eos=True))
+    for _ in range(5):
+        engine.step()
+    assert other.sequences[0].finish_reason == "length"
+    assert engine.cache.stats.leaked_pages == 2
+
+
+@pytest.mark.parametrize(
+    "params", [{"stop_token_ids": [1.5]}, {"bad_words": [[1.5]]}, {"logit_bias": {1.5: 1.0}}]
+)
+def test_ids_that_are_no_integers_are_refused(params: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="no token id"):
+        SamplingParams(**params)  # type: ignore[arg-type]
+
+
+def test_keys_of_json_are_token_ids() -> None:
+    assert SamplingParams(logit_bias={"7": 1.0}).logit_bias == {7: 1.0}  # type: ignore[dict-item]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from hasten.methods import cards
 from hasten.models.base import Decoder
 from tests.engine.world import World, params_of, prompt_of
 
@@ -33,13 +35,30 @@ MODELS = {
 }
 
 
-def machine(model: Decoder, choices: str) -> type[RuleBasedStateMachine]:
+SOAKED = [
+    ("llama", ""),
+    ("mistral", ""),
+    ("gemma2", ""),
+    ("llama", "select=sink-window(sinks=3,window=21)"),
+]
+
+STACKS = [
+    # every method of every slot at its defaults, and a few settings that matter here
+    *(f"{card.slots[0]}={card.name}" for card in cards()),
+    "draft=prompt-lookup(k=3,max_ngram=2),codec=native(dtype=bfloat16)",
+    "draft=prompt-lookup,select=sink-window(sinks=2,window=19),schedule=stall-free(chunk=5)",
+    "draft=prompt-lookup,control=fixed(k=2),weights=checkpoint(dtype=float32)",
+]
+
+
+def machine(model: Decoder, choices: str, seen: Counter[str]) -> type[RuleBasedStateMachine]:
+    """The engine's life as a state machine; ``seen`` counts what happened over all examples."""
     vocab = model.config.vocab_size
 
     class Machine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.world = World(model, choices=choices)
+            self.world = World(model, choices=choices, blocks=9)
 
         @rule(
             seed=st.integers(0, 2**16),
@@ -66,6 +85,11 @@ def machine(model: Decoder, choices: str) -> type[RuleBasedStateMachine]:
 
         def teardown(self) -> None:
             self.world.drain()
+            stats = self.world.engine.stats
+            seen["preemptions"] += stats.preemptions
+            seen["accepted drafts"] += stats.accepted
+            seen["prefix hits"] += self.world.engine.cache.stats.prefix_hits
+            seen["checked"] += self.world.checked
 
     return Machine
 
@@ -79,21 +103,45 @@ def test_every_request_gives_what_it_gives_alone(
         pytest.skip("sink-window is refused on a model whose layers all have windows (tested)")
     model = tiny(architecture, **MODELS[architecture])
     examples = int(os.environ.get("HASTEN_EXAMPLES", "12"))
+    seen: Counter[str] = Counter()
     run_state_machine_as_test(
-        machine(model, choices),
-        settings=settings(max_examples=examples, stateful_step_count=25, deadline=None),
+        machine(model, choices, seen),
+        settings=settings(
+            max_examples=examples, stateful_step_count=25, deadline=None, derandomize=True
+        ),
     )
+    for what in ("preemptions", "accepted drafts", "prefix hits", "checked"):
+        assert seen[what], f"the examples saw no {what}: {dict(seen)}"
+
+
+@pytest.mark.parametrize("choices", STACKS)
+def test_every_method_under_load(tiny: Callable[..., Decoder], choices: str) -> None:
+    """Each registered method as it is, not scripted: a tiny pool, forks, aborts, prefix hits."""
+    model = tiny("llama")
+    rng = random.Random(choices)
+    world = World(model, drafts=None, choices=choices, blocks=9)
+    added = 0
+    while added < 30 or world.engine.has_work:
+        if added < 30 and len(world.engine.requests) < 8:
+            prompt = prompt_of(rng, model.config.vocab_size, rng.randint(1, 30))
+            world.add(prompt, params_of(rng, model.config.vocab_size))
+            added += 1
+        if world.engine.requests and rng.random() < 0.03:
+            world.abort(rng.choice(list(world.engine.requests)))
+        world.step()
+    world.drain()
+    assert world.checked > 20
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("architecture", MODELS)
-def test_soak(tiny: Callable[..., Decoder], architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "choices"), SOAKED)
+def test_soak(tiny: Callable[..., Decoder], architecture: str, choices: str) -> None:
     """Thousands of requests through one engine: nothing may accumulate."""
-    total = int(os.environ.get("HASTEN_SOAK_REQUESTS", "10000")) // len(MODELS)
+    total = int(os.environ.get("HASTEN_SOAK_REQUESTS", "10000")) // len(SOAKED)
     model = tiny(architecture, **MODELS[architecture])
     vocab = model.config.vocab_size
     rng = random.Random(f"soak {architecture}")
-    world = World(model, blocks=9, max_sequences=6, budget=32)
+    world = World(model, choices=choices, blocks=9, max_sequences=6, budget=32)
     added = 0
     while added < total or world.engine.has_work:
         if added < total and len(world.engine.requests) < 12 and rng.random() < 0.4:
@@ -105,5 +153,5 @@ def test_soak(tiny: Callable[..., Decoder], architecture: str) -> None:
         world.step()
     world.drain()
     stats = world.engine.stats
-    print(f"{architecture}: {world.checked} sequences checked, {stats}")
+    print(f"{architecture} {choices}: {world.checked} sequences checked, {stats}")
     assert stats.preemptions > 0 and stats.accepted > 0 and world.engine.cache.stats.prefix_hits > 0

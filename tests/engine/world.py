@@ -101,7 +101,7 @@ class World:
         self,
         model: Decoder,
         *,
-        drafts: str = "mixed",
+        drafts: str | None = "mixed",
         choices: str = "",
         blocks: int = 14,
         max_sequences: int = 4,
@@ -110,9 +110,10 @@ class World:
     ) -> None:
         self.model = model
         vocab = model.config.vocab_size
-        self.drafter = Scripted(drafts, vocab, rng=random.Random(seed))
-        plain = Stack.parse(choices)
-        stack = Stack({**plain.methods, "draft": self.drafter})
+        plain = stack = Stack.parse(choices)
+        self.drafter = Scripted(drafts or "none", vocab, rng=random.Random(seed))
+        if drafts is not None:  # else the stack's own drafter
+            stack = Stack({**plain.methods, "draft": self.drafter})
         probe = Engine(model, plain, EngineConfig(max_sequences=1))
         bytes_per_block = probe.cache.layout.block_bytes()
         self.engine = Engine(
@@ -130,19 +131,21 @@ class World:
             EngineConfig(max_sequences=8, max_batch_tokens=256, prefix_reuse=False),
         )
         self.requests: dict[str, Request] = {}
+        self.prompt_logprobs: dict[str, Any] = {}
         self.logprobs: dict[tuple[str, int], list[Any]] = {}
         self.ended: set[tuple[str, int]] = set()
         self.aborted: set[str] = set()
         self.checked = 0
 
     def add(self, prompt: list[int], params: SamplingParams, **options: Any) -> str:
-        expected = self._alone(prompt, params)
+        expected, prompt_logprobs = self._alone(prompt, params)
         request = self.engine.add(prompt, params, bad_words=_words(params), **options)
         self.drafter.truth[request.id] = expected
         self.requests[request.id] = request
+        self.prompt_logprobs[request.id] = prompt_logprobs
         return request.id
 
-    def _alone(self, prompt: list[int], params: SamplingParams) -> Outcome:
+    def _alone(self, prompt: list[int], params: SamplingParams) -> tuple[Outcome, Any]:
         request = self.solo.add(prompt, params, bad_words=_words(params))
         logprobs: dict[int, list[Any]] = {i: [] for i in range(params.n)}
         limit = self.engine.max_length  # the small pool may end a sequence earlier
@@ -150,10 +153,11 @@ class World:
         while not request.finished:
             for delta in self.solo.step():
                 logprobs[delta.sequence.index] += delta.logprobs or []
-        return [
+        outcome = [
             (s.tokens[len(prompt) :], logprobs[s.index], str(s.finish_reason))
             for s in request.sequences
         ]
+        return outcome, request.prompt_logprobs
 
     def step(self) -> None:
         for delta in self.engine.step():
@@ -179,6 +183,7 @@ class World:
         assert got == tokens, f"{request.id}/{sequence.index}: {got} != alone {tokens}"
         assert sequence.finish_reason == reason
         assert self.logprobs.get((request.id, sequence.index), []) == logprobs, "log-probabilities"
+        assert request.prompt_logprobs == self.prompt_logprobs[request.id], "prompt"
         self.checked += 1
 
     def drain(self) -> None:
@@ -219,6 +224,7 @@ def params_of(rng: random.Random, vocab: int) -> SamplingParams:
         "seed": rng.randrange(1000),
         "n": rng.choice([1, 1, 1, 3]),
         "logprobs": rng.choice([None, 0, 3]),
+        "prompt_logprobs": rng.choice([None, None, None, 2]),
         "temperature": 0.0,
     }
     if kind >= 3:

@@ -159,13 +159,13 @@ class AsyncLLM:
             name = await asyncio.shield(asyncio.wrap_future(submitted))
         except asyncio.CancelledError:
             submitted.add_done_callback(
-                lambda f: None if f.cancelled() or f.exception() else self._forget(f.result())
+                lambda f: None if f.cancelled() or f.exception() else self._forget(f.result(), sink)
             )
             raise
         try:
             yield
         finally:
-            self._forget(name)
+            self._forget(name, sink)
 
     def _call(self, work: Callable[[], Any]) -> Future[Any]:
         """Run ``work`` in the engine thread between two steps."""
@@ -176,12 +176,14 @@ class AsyncLLM:
             self._commands.put((future, work))
         return future
 
-    def _forget(self, request_id: str) -> None:
-        """End a request if it still runs, and drop what is kept about it."""
+    def _forget(self, request_id: str, sink: Sink) -> None:
+        """End a request if it still runs, and drop what is kept about it. Another request may
+        have taken the id in the meantime: it has another sink."""
 
         def work() -> None:
-            self._sinks.pop(request_id, None)
-            self._front.discard(request_id)
+            if self._sinks.get(request_id) is sink:
+                del self._sinks[request_id]
+                self._front.discard(request_id)
 
         with contextlib.suppress(EngineStopped):
             self._call(work)

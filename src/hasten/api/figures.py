@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from statistics import median
 
 from hasten.api.llm import LLM
-from hasten.api.output import RequestOutput
-from hasten.cache.layout import PAGE_SIZE
 from hasten.engine.engine import Engine
 
 
@@ -21,24 +19,20 @@ def bandwidth_share(engine: Engine) -> tuple[float, float]:
     from hasten import _native
 
     stats = engine.stats
-    layout = engine.cache.layout
-    position = layout.block_bytes() // PAGE_SIZE
-    moved = stats.decode_steps * engine.model.weight_bytes + stats.decode_positions * position
+    moved = stats.decode_steps * engine.model.weight_bytes + stats.decode_kv_bytes
     achieved = moved / stats.decode_seconds if stats.decode_seconds else 0.0
     return achieved, _native.read_bandwidth(min(engine.model.weight_bytes, 1 << 30))
 
 
-def line_of_figures(
-    llm: LLM, outputs: Sequence[RequestOutput] = (), seconds: float | None = None
-) -> str:
+def line_of_figures(llm: LLM, ttfts: Sequence[float] = (), seconds: float | None = None) -> str:
     """One line: time to first token, tokens/s, share of memory bandwidth, and drafts if any.
 
-    Without ``outputs`` the figures are those of the engine's life so far (one request, say).
+    ``ttfts`` are the seconds to the first token of each output, the last stream's by default;
+    ``seconds`` is the time of the whole run, that of the engine's steps by default.
     """
     stats = llm.stats
     parts = []
-    ttfts = [c.figures.ttft for r in outputs for c in r.outputs if c.figures.ttft is not None]
-    if not outputs and llm.last_figures is not None and llm.last_figures.ttft is not None:
+    if not ttfts and llm.last_figures is not None and llm.last_figures.ttft is not None:
         ttfts = [llm.last_figures.ttft]
     if ttfts:
         parts.append(f"first token {1000 * median(ttfts):.0f} ms" + " (median)" * (len(ttfts) > 1))

@@ -55,29 +55,37 @@ class Frontend:
         *,
         stack: str | dict[str, Any] | Stack | None = None,
         max_sequences: int = 64,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         max_length: int | None = None,
         kv_bytes: int | None = None,
         prefix_reuse: bool = True,
         progress: bool = False,
-        share: Decoder | None = None,
+        share: Sequence[Frontend] = (),
     ) -> None:
-        """Sizes as for ``LLM``. ``share`` is an already loaded model of the same name, used if
-        its weights are of the type that the stack asks for."""
+        """Sizes as for ``LLM``. The weights of one of ``share`` are used if it has the same model
+        and its stack asked for the same weights."""
         self.stack = Stack.parse(stack)
         self.name = str(model)
         self.folder = locate(resolve(model))
         read_facts(self.folder)  # first: a folder without a model has no tokenizer either
         self.tokenizer = Tokenizer.load(self.folder)
-        dtype = self.stack["weights"].torch_dtype
-        if share is None or dtype not in (None, share.config.dtype):
-            share = load_model(self.folder, dtype=dtype, progress=progress)
-        self.engine = Engine(
-            share,
+        weights = self.stack["weights"]
+        loaded: list[Decoder] = [
+            front.engine.model
+            for front in share
+            if front.folder == self.folder and front.stack["weights"] == weights
+        ]
+        decoder = (
+            loaded[0]
+            if loaded
+            else load_model(self.folder, dtype=weights.torch_dtype, progress=progress)
+        )
+        self.engine: Engine = Engine(
+            decoder,
             self.stack,
             EngineConfig(
                 max_sequences=max_sequences,
-                max_batch_tokens=max_batch_tokens,
+                max_batch_tokens=max_batch_tokens or max(512, max_sequences),
                 max_length=max_length,
                 kv_bytes=kv_bytes or _default_kv_bytes(),
                 prefix_reuse=prefix_reuse,
@@ -97,6 +105,8 @@ class Frontend:
     ) -> Request:
         """Queue a prompt (text or token ids). Raises ``RequestRefused`` if it can never run."""
         params = params or SamplingParams()
+        if request_id in self._entries:
+            raise RequestRefused(f"request id '{request_id}' is in use")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._ids(prompt)
         texts = [
             TextStream(
@@ -214,6 +224,12 @@ class Frontend:
 
 
 def _default_kv_bytes() -> int:
-    """A quarter of the memory that is free now, at most 2 GiB."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(2 << 30, max(free // 4, 64 << 20))
+    """A quarter of the memory that is available now, at most 2 GiB and at least 64 MiB."""
+    available = 4 << 30  # where the system does not say
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return min(2 << 30, max(available // 4, 64 << 20))

@@ -44,7 +44,7 @@ class LLM:
         *,
         stack: str | dict[str, Any] | Stack | None = None,
         max_sequences: int = 64,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         max_length: int | None = None,
         kv_bytes: int | None = None,
         prefix_reuse: bool = True,
@@ -201,17 +201,28 @@ class LLM:
             return self.frontend.tokenizer.encode(prompt, add_special_tokens=not continues)
         return list(prompt)
 
-    def _step(self) -> None:
+    def _step(self) -> list[Piece]:
         """One step, its pieces handed to the streams that wait for them."""
-        for piece in self.frontend.step():
+        pieces = self.frontend.step()
+        for piece in pieces:
             if piece.request_id in self._streams:
                 self._streams[piece.request_id].append(piece)
+        return pieces
+
+    def _ends(self, ids: set[str]) -> Iterator[str]:
+        """Step until these requests have ended; yields each as it ends."""
+        requests = self.frontend.engine.requests
+        while ids:
+            for piece in self._step():
+                name = piece.request_id
+                if piece.finish_reason is not None and name in ids and name not in requests:
+                    ids.remove(name)
+                    yield name
 
     def _drain(self, ids: set[str], progress: bool) -> None:
-        requests = self.frontend.engine.requests
         if not (progress and sys.stderr.isatty()):
-            while ids & requests.keys():
-                self._step()
+            for _ in self._ends(ids):
+                pass
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -220,9 +231,8 @@ class LLM:
         columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), Remaining())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=len(ids))
-            while left := ids & requests.keys():
-                bar.update(task, completed=len(ids) - len(left))
-                self._step()
+            for _ in self._ends(ids):
+                bar.advance(task)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

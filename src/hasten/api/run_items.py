@@ -85,6 +85,9 @@ class ItemRunner:
             progress.params = replace(self.params, **item.params)
             if progress.params.n != 1:
                 raise ValueError("n > 1 is not possible here: give the prompt several lines")
+            for name in ("logprobs", "prompt_logprobs"):
+                if getattr(progress.params, name) is not None:
+                    raise ValueError(f"{name} are not written by 'hasten run'")
             self._submit(progress)
         except (ValueError, TypeError) as error:
             progress.error = str(error)

@@ -80,11 +80,18 @@ def _row(name: str, runs: list[Run], base: list[Run]) -> Row:
         ratio=Spread(
             [r.tokens_per_second / b.tokens_per_second for r, b in zip(runs, base, strict=True)]
         ),
-        output=agreement(first.tokens, base[0].tokens),
+        output=min(
+            (agreement(r.tokens, b.tokens) for r, b in zip(runs, base, strict=True)), key=_equal
+        ),
         tau=sum(map(len, first.tokens.values())) / first.passes if first.accepted else None,
         outside=Spread([100 * x for x in outside]) if outside else None,
         runs=runs,
     )
+
+
+def _equal(text: str) -> bool:
+    """Orders the rounds' verdicts: one round that differs decides."""
+    return text.startswith("equal")
 
 
 def agreement(tokens: dict[str, list[int]], base: dict[str, list[int]]) -> str:

@@ -98,7 +98,12 @@ class TransformersContestant:
     """
 
     def __init__(self, folder: str, dtype: Any, tokenizer: Any) -> None:
+        import torch
         import transformers
+
+        from hasten import _native
+
+        torch.set_num_threads(_native.get_num_threads())  # the same threads for everybody
 
         transformers.utils.logging.disable_progress_bar()
         self.name = f"transformers {transformers.__version__} (eager)"

@@ -40,20 +40,29 @@ class WorkloadError(ValueError):
 def code(count: int = 64, seed: int = 0) -> list[Item]:
     """Completion prompts cut from standard-library files that no bundled model was trained on.
 
-    Each ends after the header of a function (and its docstring's first line, if it has one).
+    Each ends with the line that begins a function (``def ...``) and starts up to 40 whole lines
+    before it, as far as 2000 characters reach. No prompt comes twice; files are as likely as they
+    have functions.
     """
-    rng = random.Random(f"code {seed}")
-    items: list[Item] = []
-    files = _held_out_files()
-    while len(items) < count:
-        lines = rng.choice(files).text.splitlines(keepends=True)
-        starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("def ")]
-        if not starts:
-            continue
-        at = rng.choice(starts)
-        prompt = "".join(lines[max(0, at - 40) : at + 1])[-2000:]
-        items.append(Item(f"code-{len(items)}", prompt))
-    return items
+    files = [file.text.splitlines(keepends=True) for file in _held_out_files()]
+    places = [
+        (lines, at)
+        for lines in files
+        for at, line in enumerate(lines)
+        if line.lstrip().startswith("def ")
+    ]
+    random.Random(f"code {seed}").shuffle(places)
+    prompts: dict[str, None] = {}  # in the order of the draw
+    for lines, at in places:
+        if len(prompts) == count:
+            break
+        start = max(0, at - 40)
+        while start < at and sum(map(len, lines[start : at + 1])) > 2000:
+            start += 1
+        prompts["".join(lines[start : at + 1])] = None
+    if len(prompts) < count:
+        raise WorkloadError(f"there are {len(prompts)} different prompts, not {count}")
+    return [Item(f"code-{i}", prompt) for i, prompt in enumerate(prompts)]
 
 
 @cache

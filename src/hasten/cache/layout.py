@@ -18,6 +18,10 @@ CHUNK = 64
 sum (see ``hasten.kernels.attention``); every page lies inside one chunk."""
 
 
+LINE = 64
+"""Bytes in a cache line; pages begin on one."""
+
+
 @dataclass(frozen=True)
 class LayerGroup:
     """Layers whose keys live and die together, so that they share page ids and page tables.
@@ -92,7 +96,9 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
     """Zeros that take no memory until they are written: a large pool then starts at once and
     costs what is used of it. (``torch.zeros`` writes every byte.)"""
     count = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).reshape(shape)
+    memory = np.zeros(count + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE  # vector loads then never straddle two cache lines
+    return torch.from_numpy(memory[start : start + count]).view(dtype).reshape(shape)
 
 
 class KVStorage:

@@ -14,7 +14,7 @@ Blocks below the window of a layer group are given back as soon as no later row 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -230,9 +230,20 @@ class CacheManager:
         """One report per layer group; all empty when every page has its owner."""
         return [pool.audit(self._owned(g)) for g, pool in enumerate(self.pools)]
 
-    def heal(self) -> int:
-        """Give back pages that no stream owns; counts and logs them instead of failing."""
-        healed = sum(pool.heal(self._owned(g)) for g, pool in enumerate(self.pools))
+    @property
+    def streams(self) -> list[Stream]:
+        """The streams that hold a table row."""
+        return list(self._streams.values())
+
+    def heal(self, live: Sequence[Stream]) -> int:
+        """Give back what no stream in ``live`` owns; counts and logs it instead of failing."""
+        owners = {id(stream) for stream in live}
+        healed = 0
+        for stream in self.streams:
+            if id(stream) not in owners:
+                healed += stream.blocks
+                self.release(stream)
+        healed += sum(pool.heal(self._owned(g)) for g, pool in enumerate(self.pools))
         if healed:
             self.stats.leaked_pages += healed
             logger.warning("page ledger: %d leaked pages found and given back", healed)
@@ -242,14 +253,6 @@ class CacheManager:
     def usage(self) -> float:
         """Share of pages that are held, the fullest layer group counting."""
         return max(pool.num_held / pool.num_pages for pool in self.pools)
-
-    def fits(self, positions: int) -> bool:
-        """Whether that many more positions could be reserved now."""
-        blocks = -(-positions // PAGE_SIZE)
-        return all(
-            pool.num_available >= blocks * table.shape[1]
-            for pool, table in zip(self.pools, self.tables, strict=True)
-        )
 
     def forget_prefixes(self) -> None:
         """Empty the prefix index (for example between benchmark runs)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,6 +85,16 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            allowed = _ids("allowed_token_ids", self.allowed_token_ids)
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        words = [w if isinstance(w, str) else _ids("bad_words", w) for w in self.bad_words]
+        object.__setattr__(self, "bad_words", tuple(words))
+        keys = _ids("logit_bias", self.logit_bias)
+        object.__setattr__(
+            self, "logit_bias", dict(zip(keys, self.logit_bias.values(), strict=True))
+        )
         _check("max_tokens", self.max_tokens, 0, None, whole=True)
         _check("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
         _check("n", self.n, 1, MAX_N, whole=True)
@@ -104,7 +115,7 @@ class SamplingParams:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
                 raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
         for bias in self.logit_bias.values():
-            if not math.isfinite(bias):
+            if not isinstance(bias, int | float) or not math.isfinite(bias):
                 raise ValueError(f"logit_bias {bias} is not finite; use bad_words to ban a token")
 
     def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -115,6 +126,14 @@ class SamplingParams:
             if getattr(self, name) is None
         }
         return replace(self, **missing) if missing else self
+
+
+def _ids(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    """Token ids as plain integers. Text of digits counts, since keys of JSON objects are text."""
+    try:
+        return tuple(int(v) if isinstance(v, str) else operator.index(v) for v in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} holds something that is no token id: {values!r}") from None
 
 
 def _check(

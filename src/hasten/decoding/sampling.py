@@ -48,6 +48,15 @@ def descending(values: Row) -> NDArray[np.int64]:
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
+def likeliest(values: Row, k: int) -> NDArray[np.int64]:
+    """The first ``k`` of ``descending(values)``, without sorting the rest."""
+    if k >= len(values) or np.isnan(values).any():
+        return descending(values)[:k]
+    floor = np.partition(values, len(values) - k)[len(values) - k]
+    ids = np.flatnonzero(values >= floor)  # the k-th largest and all its equals among them
+    return ids[descending(values[ids])][:k]
+
+
 @dataclass(frozen=True)
 class Distribution:
     """The tokens that can be chosen, in total order, with their probabilities (sum 1)."""
@@ -71,9 +80,7 @@ class Distribution:
 def distribution(logits: Row, params: SamplingParams) -> Distribution:
     """Temperature and filters, applied to processed logits. ``params`` is resolved, T > 0."""
     assert params.temperature, "greedy has no distribution, and parameters are resolved first"
-    ids = descending(logits)
-    if params.top_k:
-        ids = ids[: params.top_k]
+    ids = likeliest(logits, params.top_k or len(logits))
     z = logits[ids].astype(np.float64)
     if not np.isfinite(z[0]):
         raise NoTokenLeft(f"the largest logit is {z[0]}")
@@ -149,13 +156,6 @@ class Sampler:
         """Whether the choice is the argmax of the raw logits now, so that no row is needed."""
         return self.greedy and not self._processed and len(self._output) >= self.params.min_tokens
 
-    def fork(self, stream: int) -> Sampler:
-        """A sampler for a twin sequence: same history, its own draws."""
-        twin = Sampler(self.params, self._prompt, self._eos, self.seed, stream, self._bad_words)
-        twin._output = list(self._output)
-        twin._counts = dict(self._counts)
-        return twin
-
     def push(self, token: int) -> None:
         """Record a token of the output."""
         self._output.append(token)
@@ -226,11 +226,4 @@ def top_logprobs(logits: Row, lse: float, k: int) -> list[tuple[int, float]]:
     """The k likeliest (token id, log-probability) of a raw row, in total order."""
     if k == 0:
         return []
-    if k < len(logits):
-        # candidates: everything at least as large as the k-th largest, then the total order
-        floor = np.partition(logits, len(logits) - k)[len(logits) - k]
-        ids = np.flatnonzero(logits >= floor)
-    else:
-        ids = np.arange(len(logits))
-    ids = ids[descending(logits[ids])][:k]
-    return [(int(i), float(logits[i] - np.float32(lse))) for i in ids]
+    return [(int(i), float(logits[i] - np.float32(lse))) for i in likeliest(logits, k)]

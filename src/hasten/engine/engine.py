@@ -36,6 +36,9 @@ from hasten.stack import Stack
 
 logger = logging.getLogger(__name__)
 
+HEAL_EVERY = 4096
+"""Steps between two looks at the page ledger of a busy engine; an idle one is checked at once."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -88,8 +91,8 @@ class EngineStats:
     """Steps in which every sequence had one known token to compute (and perhaps candidates)."""
     decode_seconds: float = 0.0
     """Forward time of the decode steps."""
-    decode_positions: int = 0
-    """Positions whose keys and values the decode steps read, summed over sequences."""
+    decode_kv_bytes: int = 0
+    """Bytes of keys and values that the decode steps read; windows read no more than themselves."""
     drafted: int = 0
     accepted: int = 0
     preemptions: int = 0
@@ -180,7 +183,10 @@ class Engine:
         limit = self.max_length
         if params.max_tokens is not None:
             limit = min(limit, len(prompt) + params.max_tokens)
-        eos = frozenset() if params.ignore_eos else frozenset(self.model.config.eos_ids)
+        eos: frozenset[int] = frozenset()
+        if not params.ignore_eos:  # a checkpoint may name ids beyond its own vocabulary
+            vocab = self.model.config.vocab_size
+            eos = frozenset(t for t in self.model.config.eos_ids if 0 <= t < vocab)
         request = Request(request_id, self._arrivals, prompt, params, limit, eos, priority)
         self._arrivals += 1
         if params.prompt_logprobs is not None:
@@ -262,6 +268,8 @@ class Engine:
         began = self.clock.now()
         plan = self._plan()
         if not plan.grants:
+            if not self.running:
+                self._heal()
             return []
         try:
             trees = self._draft(plan)
@@ -277,11 +285,22 @@ class Engine:
         if plan.rows == len(plan.grants):
             self.stats.decode_steps += 1
             self.stats.decode_seconds += output.seconds
-            self.stats.decode_positions += int(batch.base[batch.segment_rows[1:] - 1].sum())
+            self.stats.decode_kv_bytes += self._kv_bytes(batch.base[batch.segment_rows[1:] - 1])
         self.stats.step_seconds += self.clock.now() - began
-        if not self.running and self.cache.usage:
-            self.cache.heal()  # idle, yet pages are held: counted, logged and given back
+        if not self.running or self.stats.steps % HEAL_EVERY == 0:
+            self._heal()
         return deltas
+
+    def _kv_bytes(self, contexts: NDArray[np.int32]) -> int:
+        """Bytes that one row per context length reads."""
+        layout, total = self.cache.layout, 0
+        for index, group in enumerate(layout.groups):
+            seen = contexts
+            if group.window is not None:
+                seen = np.minimum(contexts, group.window + group.sinks)
+            page = layout.page_bytes(index) * group.head_groups
+            total += int(seen.sum()) * page // PAGE_SIZE
+        return total
 
     def _plan(self) -> Plan:
         plan: Plan = self.stack["schedule"].plan(
@@ -435,6 +454,11 @@ class Engine:
         except NoTokenLeft as error:
             sequence.finish_reason, sequence.error = "error", str(error)
             return [0], delta
+        except Exception as error:  # one sequence's trouble stays its own
+            logger.exception("request %s failed while a token was chosen", request.id)
+            sequence.finish_reason = "error"
+            sequence.error = f"{type(error).__name__}: {error}"
+            return [0], delta
         accepted = len(path) - 1
         self.stack["draft"].observe(sequence, tree, path, delta.tokens[-1])
         sequence.figures.drafted += len(tree) - 1
@@ -500,8 +524,17 @@ class Engine:
 
     # ---- upkeep -----------------------------------------------------------------------------
 
+    def _heal(self) -> None:
+        """Give back pages that nobody who runs owns: counted and logged, never fatal."""
+        if self.cache.usage:
+            self.cache.heal([s.stream for s in self.running])
+
     def check_ledger(self) -> None:
-        """Raise ``AssertionError`` unless every page has exactly the owners it counts."""
+        """Raise ``AssertionError`` unless every page has exactly the owners it counts, and every
+        owner is a running sequence."""
+        owners = {id(s.stream) for s in self.running}
+        if strays := [s for s in self.cache.streams if id(s) not in owners]:
+            raise AssertionError(f"{len(strays)} streams hold pages but do not run")
         if self.cache.stats.leaked_pages:
             raise AssertionError(f"{self.cache.stats.leaked_pages} pages leaked and were healed")
         for group, report in enumerate(self.cache.audit()):

@@ -49,7 +49,12 @@ class Handle(Protocol):
 
 
 class Executor(Protocol):
-    """Runs batches in the order of submission."""
+    """Runs batches in the order of submission.
+
+    A batch refers to the live page tables. Between its submission and its result nothing may
+    change the tables of its rows: an engine that plans ahead commits, releases and reserves only
+    for sequences of no batch in flight, or gives the batch a copy of their tables.
+    """
 
     def submit(
         self,

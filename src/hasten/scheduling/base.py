@@ -48,5 +48,7 @@ class Scheduler(Protocol):
             running: in order of rank; sequences with pages.
             cache: reserves, attaches and releases pages. The queues are only read.
             budget: rows that the step may have.
+
+        It must not raise: there is no step yet whose sequences could be blamed for it.
         """
         ...

@@ -34,7 +34,11 @@ class Drafter(Protocol):
         ...
 
     def rollback(self, sequence: Draftable, length: int) -> None:
-        """The sequence is cut to its first ``length`` tokens."""
+        """The sequence is cut to its first ``length`` tokens.
+
+        The step loop never shortens a sequence, since candidates enter it only once accepted;
+        strategies that truncate do.
+        """
         ...
 
 

@@ -21,7 +21,7 @@ class SinkWindow:
     """Each row reads the first ``sinks`` positions and the ``window`` most recent ones.
 
     The sinks keep the softmax of a model that parks attention on its first tokens intact; memory
-    and time per token become constant, and what lies between is lost. Positions stay absolute
+    held and time per token become constant, and what lies between is lost. Positions stay absolute
     (the paper re-indexes them inside the cache, which matters beyond the trained context). The
     window counts positions, itself included, and is exact to the token, never rounded to pages.
     Layers that have a sliding window of their own keep it.
