@@ -1,10 +1,10 @@
 # `make demo` and `make test` are all a newcomer needs; both work on a fresh machine with
-# Python 3.11 or newer, a C++17 compiler and cmake.
+# Python 3.11 to 3.13, a C++17 compiler and cmake.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Without a GPU the CPU build of torch is looked up first, so that no CUDA packages are pulled.
+# What Linux without a GPU gets, as its CPU build, so that no CUDA packages are pulled.
 TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -29,15 +29,19 @@ docs: $(VENV)/.installed
 install: $(VENV)/.installed
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	  || { echo "$(PYTHON) is not Python 3.11 to 3.13; name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: anything that depends on it would otherwise pull the default (CUDA) build. A machine
-# with an NVIDIA GPU gets that default build; elsewhere an installed CPU build is kept.
+# torch first: anything that depends on it would otherwise pull the default build, which on Linux
+# is one for CUDA. That is right for a machine with an NVIDIA GPU. An installed torch is kept.
 $(VENV)/.torch: | $(VENV)/bin/python
 	@if $(BIN)/python -c "import torch" 2>/dev/null; then :; \
-	elif command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q $(TORCH); \
+	elif [ "$$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install -q "torch>=2.6,<3"; \
 	else $(BIN)/pip install -q --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) \
-	  "$(TORCH)+cpu"; fi
+	  "$(TORCH)+cpu" || { echo "cannot install $(TORCH)+cpu: install a CPU build of torch 2.6 or" \
+	  "newer into $(VENV) by hand, then run make again" >&2; exit 1; }; fi
 	@touch $@
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)

@@ -25,8 +25,15 @@ def test_code_is_cut_from_held_out_files_only() -> None:
     assert trained and held_out
     for item in workloads.code(24):
         assert isinstance(item.prompt, str) and 0 < len(item.prompt) <= 2000
-        assert any(item.prompt in file.text for file in held_out)
+        assert any(f"\n{item.prompt}" in f"\n{file.text}" for file in held_out)  # whole lines
         assert item.prompt.rstrip("\n").rsplit("\n", 1)[-1].lstrip().startswith("def ")
+
+
+def test_code_repeats_no_prompt() -> None:
+    items = workloads.code(2000)
+    assert len({item.prompt for item in items}) == len({item.id for item in items}) == 2000
+    with pytest.raises(WorkloadError, match="different prompts"):
+        workloads.code(10**6)
 
 
 def test_random_tokens_have_the_asked_shape() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hasten as package
+from hasten.cli import options
 from hasten.methods import SLOTS
 from tests.cli.common import assert_one_line, hasten
 
@@ -47,6 +48,43 @@ def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     assert result.exit_code == 0 and "Usage:" in result.stdout
     unknown = hasten(*command, "--no-such-option")
     assert unknown.exit_code == 2 and "No such option" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("64k", 64 << 10), ("512M", 512 << 20), ("2G", 2 << 30), ("1T", 1 << 40)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert options.size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5G", "2GB", "G", "much"])
+def test_what_is_no_size(text: str) -> None:
+    result = hasten("generate", "x", "--kv-bytes", text)
+    assert result.exit_code == 2 and "--kv-bytes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "x"),
+        ("chat",),
+        ("run", "-w", "code", "--limit", 1, "--show"),
+        ("compare", "plain", "-w", "code", "--limit", 1),
+        ("bench", "latency"),
+        ("bench", "throughput"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_sizes_reach_the_engine(
+    command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: object, model: str, **given: object) -> None:
+        raise ValueError(f"length {given['max_length']}, memory {given['kv_bytes']}")
+
+    monkeypatch.setattr("hasten.api.frontend.Frontend.__init__", stop)
+    assert_one_line(hasten(*command, "--max-length", 99, "--kv-bytes", "3M"), "99", f"{3 << 20}")
+    assert_one_line(hasten(*command), "length None, memory None")
 
 
 def test_methods_for_programs() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hasten import LLM, SamplingParams
 from tests.cli.common import assert_one_line, hasten, offline
 
-PROMPT = "def add(a, b):\n"
+PROMPT = "import os\nimport "  # no model ends a text here
 
 
 def test_text_on_stdout_figures_on_stderr() -> None:
@@ -60,6 +60,7 @@ def test_what_cannot_run_is_told_in_one_line(args: tuple[str, ...], words: tuple
 
 def test_a_prompt_that_is_too_long_is_told_in_one_line() -> None:
     assert_one_line(hasten("generate", stdin="x = 1\n" * 5000), "the prompt has", "at most")
+    assert_one_line(hasten("generate", "x = 1\n" * 40, "--max-length", 48), "the prompt has", "48")
 
 
 @pytest.mark.parametrize("option", ["--threads", "--max-tokens", "-n"])

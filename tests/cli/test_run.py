@@ -68,15 +68,18 @@ def test_a_bad_line_names_file_and_line(tmp_path: Path, line: str, words: tuple[
 
 def test_a_prompt_that_does_not_fit_is_an_error_row(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": [7] * 5000}, {"prompt": "b", "params": {"n": 2}}]
+    rows += [{"prompt": "c", "params": {name: 1}} for name in ("logprobs", "prompt_logprobs")]
     source, out = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     result = hasten("run", source, "-o", out, *FEW)
-    assert result.exit_code == 1 and "2 errors" in result.stderr
+    assert result.exit_code == 1 and "4 errors" in result.stderr
     written = {row["id"]: row for row in read_lines(out)}
     assert "the prompt has 5000 tokens" in written["2"]["error"] and written["2"]["outputs"] == []
     assert "n > 1" in written["3"]["error"]
+    assert written["4"]["error"] == "logprobs are not written by 'hasten run'"
+    assert written["5"]["error"] == "prompt_logprobs are not written by 'hasten run'"
     assert "error" not in written["1"] and len(written["1"]["outputs"]) == 1
     again = hasten("run", source, "-o", out, *FEW)
-    assert "3 of 3 done before, 2 of them errors" in again.stderr
+    assert "5 of 5 done before, 4 of them errors" in again.stderr
 
 
 def test_resuming_redoes_only_what_is_missing(tmp_path: Path) -> None:
@@ -94,6 +97,34 @@ def test_resuming_redoes_only_what_is_missing(tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"".join(kept))
     before = out.read_bytes()
     assert "9 of 9 done before" in hasten("run", source, "-o", out, *FEW).stderr
+    assert out.read_bytes() == before
+
+
+def test_resuming_with_another_prompt_or_other_settings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": "a", "prompt": "x"}, {"id": "b", "turns": ["y"], "params": {"seed": 1}}]
+    source, out = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert hasten("run", source, "-o", out, "--limit", 1, *FEW).exit_code == 0
+    (row,) = read_lines(out)
+    assert len(row["key"]) == 16
+    write_lines(out, [row, {"id": "b", "outputs": ["an older row, without a key"]}])
+    before = out.read_bytes()
+    same = hasten("run", source, "-o", out, *FEW, "--stack", "plain", "--threads", 1)
+    assert same.exit_code == 0 and "2 of 2 done before" in same.stderr
+    monkeypatch.setattr("hasten.api.llm.LLM", None)  # nothing is loaded from here on
+    changes = (
+        ("--max-tokens", 5),
+        ("--temperature", 0.5),
+        ("--stack", "draft=prompt-lookup"),
+        ("-m", "reference-draft"),
+    )
+    for change in changes:
+        result = hasten("run", source, "-o", out, *FEW, *change)
+        assert_one_line(result, "out.jsonl", "id 'a'", "prompt", "settings", "another --output")
+    for other in ({"prompt": "z"}, {"prompt": "x", "params": {"top_k": 2}}):
+        write_lines(source, [{"id": "a", **other}])
+        assert_one_line(hasten("run", source, "-o", out, *FEW), "id 'a'")
     assert out.read_bytes() == before
 
 
@@ -162,7 +193,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     first = len(read_lines(out))
     assert 0 < first < count
-    result = hasten("run", source, "-o", out, "--max-tokens", 4, "--batch", 16)
+    result = hasten("run", source, "-o", out, "--max-tokens", 20, "--batch", 16)
     assert result.exit_code == 0 and f"{first} of {count} done before" in result.stderr
     ids = [row["id"] for row in read_lines(out)]
     assert sorted(ids, key=int) == [str(i + 1) for i in range(count)]

@@ -232,6 +232,14 @@ BLOATED = {
     "{% for i in range(9999) %}{% set n.v = n.v + [s[1:]] %}{% endfor %}",
     "held pieces": "{{ ('x ' * 4000000).split() }}",
     "format star": "{{ '%*d' | format(10000000000, 1) }}",
+    "precision star": "{{ '%-5.*f' % (200000000, 1) }}",
+    "many stars": "{{ ('%*d' * 1000) % (8000000, 1) }}",
+    "nested in a map": "{{ '{x:{w}}'.format_map({'x': 1, 'w': 200000000}) }}",
+    "nested item": "{{ '{0:{1[0]}}'.format('a', [200000000]) }}",
+    "nested, converted": "{{ '{0!r:>{1[w]}}'.format('a', {'w': 200000000}) }}",
+    "many widths": "{{ ('{0:9999}' * 100000).format(1) }}",
+    "many widths of %": "{{ ('%(a)9999d' * 100000) % {'a': 1} }}",
+    "many fields": "{{ ('{0}' * 10000).format('x' * 8000000) }}",
 }
 
 
@@ -251,6 +259,14 @@ def test_bloated_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ChatTemplateError) as error:
         ChatTemplate(BLOATED[name]).render([])
     assert "seconds" not in str(error.value), "stopped by the clock, not by a limit of its own"
+
+
+def test_ordinary_formats_pass() -> None:
+    source = "{{ '{{a: {0:>4}}} {1!r} {x[k]}'.format(1, 'b', x={'k': 2}) }}"
+    source += """{{ '{"a": {"b": "%5s"}, "c": %d}' % ('x', 1700000000) }}"""
+    source += "{{ '%s of 100%%' | format(50) }}{{ '{}'.format(1700000000) }}"
+    expected = "{a:    1} 'b' 2" + '{"a": {"b": "    x"}, "c": 1700000000}'
+    assert ChatTemplate(source).render([]) == expected + "50 of 100%1700000000"
 
 
 def test_limits_leave_room_for_long_conversations() -> None:

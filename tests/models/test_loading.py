@@ -322,7 +322,7 @@ def test_generation_config(folder: Path) -> None:
     (folder / "generation_config.json").write_text(
         json.dumps({"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [7, 9]})
     )
-    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_ids": (7, 9)}
+    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     assert sampling_defaults(folder) == expected
     model = load_model(folder)
     assert model.sampling_defaults == expected
@@ -334,9 +334,21 @@ def test_generation_config(folder: Path) -> None:
         "min_p": 0.1,
         "repetition_penalty": 1.1,
     }
-    edit(folder / "generation_config.json", top_p="high")
-    with pytest.raises(CheckpointError, match="top_p"):
-        load_model(folder)
+    edit(folder / "generation_config.json", top_k=-1)
+    assert sampling_defaults(folder)["top_k"] == 0
+    bad: dict[str, tuple[Any, ...]] = {
+        "top_p": ("high", 0, 1.5),
+        "top_k": (-2, 2.5, True),
+        "temperature": (-0.1, float("nan")),
+        "min_p": (2,),
+        "repetition_penalty": (0, -1.0),
+    }
+    before = json.loads((folder / "generation_config.json").read_text())
+    for name, values in bad.items():
+        for value in values:
+            edit(folder / "generation_config.json", **{**before, name: value})
+            with pytest.raises(CheckpointError, match=rf"{name}.*generation_config\.json"):
+                load_model(folder)
     (folder / "generation_config.json").unlink()
     assert sampling_defaults(folder) == {}
     assert load_model(folder).config.eos_ids == (2,)

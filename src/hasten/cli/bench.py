@@ -34,6 +34,8 @@ def latency(
     peers: Peers = False,
     output: Output = None,
     as_json: AsJson = False,
+    max_length: o.MaxLength = None,
+    kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
 ) -> None:
     """Time to first token and tokens per second of a fixed batch.
@@ -53,6 +55,8 @@ def latency(
             peers,
             output,
             as_json,
+            max_length,
+            kv_bytes,
             threads,
         )
 
@@ -69,6 +73,8 @@ def throughput(
     peers: Peers = False,
     output: Output = None,
     as_json: AsJson = False,
+    max_length: o.MaxLength = None,
+    kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
 ) -> None:
     """Tokens per second of many prompts in one continuous batch.
@@ -88,6 +94,8 @@ def throughput(
             peers,
             output,
             as_json,
+            max_length,
+            kv_bytes,
             threads,
         )
 
@@ -104,6 +112,8 @@ def _measure(
     peers: bool,
     output: Path | None,
     as_json: bool,
+    max_length: int | None,
+    kv_bytes: int | None,
     threads: int | None,
 ) -> None:
     o.folder_to_write(output)
@@ -114,7 +124,14 @@ def _measure(
     from hasten.bench.contestants import Contestant, HastenContestant, TransformersContestant
     from hasten.bench.workloads import random_tokens
 
-    front = Frontend(model, stack=stack, max_sequences=batch, progress=True)
+    front = Frontend(
+        model,
+        stack=stack,
+        max_sequences=batch,
+        max_length=max_length,
+        kv_bytes=kv_bytes,
+        progress=True,
+    )
     vocab = front.engine.model.config.vocab_size
     items = random_tokens(count, input_len, output_len, vocab)
     contestants: list[Contestant] = [HastenContestant(f"hasten {front.stack}", front)]

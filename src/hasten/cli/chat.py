@@ -22,6 +22,8 @@ def chat(
     top_p: o.TopP = None,
     min_p: o.MinP = None,
     seed: o.Seed = None,
+    max_length: o.MaxLength = None,
+    kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
 ) -> None:
     """Talk to a model. Earlier turns stay in the prefix cache, so only new text is computed."""
@@ -37,7 +39,14 @@ def chat(
         )
         from hasten.api.llm import LLM
 
-        llm = LLM(model, stack=stack, max_sequences=1, progress=True)
+        llm = LLM(
+            model,
+            stack=stack,
+            max_sequences=1,
+            max_length=max_length,
+            kv_bytes=kv_bytes,
+            progress=True,
+        )
         if not llm.tokenizer.has_chat_template:
             o.fail(f"{model} has no chat template; use 'hasten generate'")
         if sys.stdin.isatty():

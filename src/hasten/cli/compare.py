@@ -36,6 +36,8 @@ def compare(
         Path | None, typer.Option("--output", "-o", help="Folder for Markdown, JSON and PNG.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    max_length: o.MaxLength = None,
+    kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
 ) -> None:
     """Measure stacks in interleaved rounds: speed, and whether the output stays the same.
@@ -75,10 +77,17 @@ def compare(
         # transformers runs a padded batch to its full length, so then everybody does
         params = o.sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=peers)
         contestants: list[Contestant] = []
-        decoder = None
+        fronts: list[Frontend] = []
         for text in stacks:
-            front = Frontend(model, stack=text, max_sequences=batch, share=decoder)
-            decoder = decoder or front.engine.model
+            front = Frontend(
+                model,
+                stack=text,
+                max_sequences=batch,
+                max_length=max_length,
+                kv_bytes=kv_bytes,
+                share=fronts,
+            )
+            fronts.append(front)
             contestants.append(HastenContestant(str(front.stack), front))
         if peers:
             first = contestants[0]

@@ -28,6 +28,8 @@ def generate(
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
     figures: Annotated[bool, typer.Option(help="Print the line of figures at the end.")] = True,
+    max_length: o.MaxLength = None,
+    kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
 ) -> None:
     """Complete one prompt. Text goes to standard output, figures to standard error.
@@ -53,7 +55,14 @@ def generate(
         from hasten.api.figures import line_of_figures
         from hasten.api.llm import LLM
 
-        llm = LLM(model, stack=stack, max_sequences=n, progress=True)
+        llm = LLM(
+            model,
+            stack=stack,
+            max_sequences=n,
+            max_length=max_length,
+            kv_bytes=kv_bytes,
+            progress=True,
+        )
         given = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
         if n == 1:
             for piece in llm.stream(given, params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,29 @@ Stop = Annotated[
     list[str] | None, typer.Option(help="Text that ends the output; may be given several times.")
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences that run at the same time.")]
+
+
+def size(text: str) -> int:
+    """A number of bytes, such as 65536, 512M or 2G."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise typer.BadParameter(f"'{text}' is not a size such as 65536, 512M or 2G")
+    return int(match[1]) << (10 * " KMGT".index(match[2] or " "))
+
+
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=1, help="Longest sequence, in tokens. Default: what the model was made for."),
+]
+KvBytes = Annotated[
+    int | None,
+    typer.Option(
+        parser=size,
+        metavar="SIZE",
+        help="Memory for keys and values, such as 512M or 2G. Default: a quarter of what is free, "
+        "at most 2G.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 
 

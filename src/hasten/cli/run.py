@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -18,6 +20,7 @@ from hasten.cli import options as o
 if TYPE_CHECKING:
     from hasten.api.run_items import Event, Progress
     from hasten.bench.workloads import Item
+    from hasten.decoding.params import SamplingParams
 
 
 def run(
@@ -55,13 +58,16 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut the left end of prompts that are too long.")
     ] = False,
+    max_length: o.MaxLength = None,
+    kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
 ) -> None:
     """Answer many prompts in one continuous batch.
 
     One line of JSON per prompt is appended to the output as it finishes: id, outputs (one per
     turn), finish_reasons, figures, and error if there was one. Interrupted runs resume: the same
-    command goes on where the output file ends. The exit status is 1 if a prompt had an error.
+    command goes on where the output file ends. A row's key stands for its prompt and settings; if
+    they changed since, the run is refused. The exit status is 1 if a prompt had an error.
 
     Example: hasten run questions.jsonl -o answers.jsonl --stack draft=prompt-lookup
     """
@@ -91,6 +97,13 @@ def run(
         if not items:
             o.fail(f"{source} holds no prompts")
         done = _finished(output) if output is not None else {}
+        keys = _keys(items, params, model, stack)
+        for name, row in done.items():
+            if row.get("key") not in (None, keys.get(name)) and name in keys:
+                o.fail(
+                    f"{output} holds id '{name}' for another prompt or other settings; "
+                    "choose another --output"
+                )
         todo = [item for item in items if item.id not in done]
         if done:
             _say_what_is_done(items, done)
@@ -104,10 +117,18 @@ def run(
         from hasten.api.llm import LLM
         from hasten.api.run_items import ItemRunner
 
-        llm = LLM(model, stack=stack, max_sequences=batch, progress=True)
+        llm = LLM(
+            model,
+            stack=stack,
+            max_sequences=batch,
+            max_length=max_length,
+            kv_bytes=kv_bytes,
+            progress=True,
+        )
         runner = ItemRunner(llm.frontend, params, truncate)
         screen = _InOrder(todo, sys.stdout) if show else None
-        began, results, errors, finished = time.perf_counter(), [], 0, 0
+        began, errors, finished = time.perf_counter(), 0, 0
+        ttfts: list[float] = []
         events = runner.run(todo)
         cleanup.callback(events.close)
         try:
@@ -117,11 +138,11 @@ def run(
                 if event.done:
                     finished += 1
                     errors += event.progress.error is not None
-                    results += event.progress.results
-                    for result in event.progress.results:
-                        result.prompt_token_ids = []  # only the figures are needed from here on
+                    figures = [r.outputs[0].figures for r in event.progress.results]
+                    ttfts += [f.ttft for f in figures if f.ttft is not None]
                     if sink is not None:
-                        sink.write(json.dumps(_row(event.progress), ensure_ascii=False) + "\n")
+                        row = _row(event.progress, keys[event.progress.item.id])
+                        sink.write(json.dumps(row, ensure_ascii=False) + "\n")
                         sink.flush()
         except KeyboardInterrupt:
             again = "" if output is None else "; the same command goes on from here"
@@ -130,16 +151,33 @@ def run(
         seconds = time.perf_counter() - began
         print(
             f"{finished} prompts in {seconds:.1f} s, {errors} errors | "
-            + line_of_figures(llm, results, seconds),
+            + line_of_figures(llm, ttfts, seconds),
             file=sys.stderr,
         )
         if errors:
             raise typer.Exit(1)
 
 
-def _row(progress: Progress) -> dict[str, Any]:
+def _keys(
+    items: list[Item], params: SamplingParams, model: str, stack: str | None
+) -> dict[str, str]:
+    """By id, a short hash of an item's prompt and of the settings that it runs with."""
+    from hasten.stack import Stack
+
+    stack = str(Stack.parse(stack))
+    settings = {field.name: getattr(params, field.name) for field in fields(params)}
+    keys = {}
+    for item in items:
+        facts = [item.prompt, item.turns, {**settings, **item.params}, model, stack]
+        text = json.dumps(facts, sort_keys=True, default=dict)
+        keys[item.id] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return keys
+
+
+def _row(progress: Progress, key: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "id": progress.item.id,
+        "key": key,
         "outputs": [result.text for result in progress.results],
         "finish_reasons": [result.outputs[0].finish_reason for result in progress.results],
         "figures": [
@@ -161,8 +199,8 @@ def _row(progress: Progress) -> dict[str, Any]:
     return row
 
 
-def _finished(output: Path) -> dict[str, bool]:
-    """Ids in an earlier output, and whether each ended in an error.
+def _finished(output: Path) -> dict[str, dict[str, Any]]:
+    """By id, the rows of an earlier output, of each only ``error`` and ``key`` if it has them.
 
     A half-written last line is cut off, so that it is redone. A file of another kind is refused
     before anything in it changes.
@@ -176,8 +214,8 @@ def _finished(output: Path) -> dict[str, bool]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)
-            done[str(row["id"])] = "error" in row
             row["outputs"]
+            done[str(row["id"])] = {name: row[name] for name in ("error", "key") if name in row}
         except (ValueError, KeyError, TypeError):
             o.fail(f"{output}:{number} is not a line that 'hasten run' wrote; choose another file")
     if half:
@@ -189,9 +227,9 @@ def _finished(output: Path) -> dict[str, bool]:
     return done
 
 
-def _say_what_is_done(items: list[Item], done: dict[str, bool]) -> None:
+def _say_what_is_done(items: list[Item], done: dict[str, dict[str, Any]]) -> None:
     before = [item.id for item in items if item.id in done]
-    errors = sum(done[name] for name in before)
+    errors = sum("error" in done[name] for name in before)
     retry = f", {errors} of them errors (delete their lines to try them again)" if errors else ""
     print(f"hasten: resuming, {len(before)} of {len(items)} done before{retry}", file=sys.stderr)
 

@@ -14,9 +14,10 @@ app = typer.Typer(no_args_is_help=True, help="Train small models for use with ha
 
 @app.command()
 def reference(
-    out: Annotated[Path, typer.Option(help="Folder that gets target/ and draft/.")] = Path(
-        "reference"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder that gets target/ and draft/, to be used as a --model each."),
+    ] = Path("trained-reference"),
     work: Annotated[
         Path, typer.Option(help="Checkpoints and logs; the same folder resumes.")
     ] = Path("build/reference"),

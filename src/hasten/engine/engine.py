@@ -126,10 +126,9 @@ class Engine:
             )
         wanted = self.config.max_sequences * -(-(longest + 1) // PAGE_SIZE)
         blocks = min(wanted, self.config.kv_bytes // layout.block_bytes())
-        if blocks < 2:
+        if blocks < 1:
             raise ValueError(
-                f"kv_bytes={self.config.kv_bytes} holds {blocks} pages of {layout.block_bytes()} "
-                "bytes; give it at least two"
+                f"kv_bytes={self.config.kv_bytes} holds no page of {layout.block_bytes()} bytes"
             )
         self.max_length = min(longest, blocks * PAGE_SIZE)
         self.cache = CacheManager(layout, blocks, self.config.max_sequences, self.max_length + 1)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
+from string import Formatter
 from threading import local
 from time import perf_counter
 from types import FrameType
@@ -31,10 +32,10 @@ MAX_SECONDS = 2.0
 MAX_CHARS = 8 << 20
 MAX_BUILT = 256 << 20
 LONG_WIDTH = re.compile(r"\d{5}")
+STAR_WIDTH = re.compile(r"%[-#0 +]*\d*\.?\*")
 PADDING = {
     "center": "",
     "expandtabs": "\t",
-    "format": "",
     "indent": "\n",
     "ljust": "",
     "rjust": "",
@@ -221,13 +222,28 @@ def _check_digits(left: Any, right: Any) -> None:
 
 def _check_built(name: str, text: str, values: tuple[Any, ...]) -> None:
     """Bound what a string method or filter of that name will make of ``text``."""
-    if name in ("format", "format_map") and LONG_WIDTH.search(text):
-        raise _TooMuch("formatted a value to more than 9999 places")
+    if name in ("%", "format", "format_map"):
+        _check_format(name, text, values)
     if name in PADDING:
         times = text.count(PADDING[name]) + 1 if PADDING[name] else 1
         _check(max((value for value in values if isinstance(value, int)), default=0) * times)
     if name == "replace" and len(values) >= 2 and isinstance(values[0], str):
         _check(text.count(values[0]) * _size(values[1]))
+
+
+def _check_format(name: str, text: str, values: tuple[Any, ...]) -> None:
+    """Bound a format string: widths are short, and stand in it where they can be seen."""
+    if LONG_WIDTH.search(text):
+        raise _TooMuch("formatted a value to more than 9999 places")
+    if name == "%":
+        fields, hidden = text.count("%"), STAR_WIDTH.search(text) is not None
+    else:
+        specs = [spec for _, _, spec, _ in Formatter().parse(text) if spec is not None]
+        fields, hidden = len(specs), any("{" in spec for spec in specs)
+    if hidden:
+        raise _TooMuch("formatted a value to a width that is itself a value")
+    _check(sum(map(int, re.findall(r"\d+", text))))
+    _check(fields * max(map(_size, values), default=0))
 
 
 def _joined(separator: str, values: Iterable[Any]) -> str:
@@ -251,12 +267,13 @@ def _join(values: Iterable[Any], d: str = "", attribute: str | None = None) -> s
 
 def _checked(filter_: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The filter, checked before and after."""
+    kind = "%" if name == "format" else name  # the filter formats as the operator does
     leading = 1 if hasattr(filter_, "jinja_pass_arg") else 0  # a context comes before the value
 
     @wraps(filter_)
     def checked(*args: Any, **kwargs: Any) -> Any:
         value, *rest = args[leading:]
-        _check_built(name, value if isinstance(value, str) else "", (*rest, *kwargs.values()))
+        _check_built(kind, value if isinstance(value, str) else "", (*rest, *kwargs.values()))
         result = filter_(*args, **kwargs)
         _check(_size(result))
         return result
@@ -336,7 +353,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise _TooMuch("raised a number to a power beyond 64")
             _check_digits(left, left)
         elif isinstance(left, str):
-            _check_built("format", left, right if isinstance(right, tuple) else (right,))
+            _check_built("%", left, right if isinstance(right, tuple) else (right,))
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import hasten.models
+from hasten.decoding.params import SamplingParams
 from hasten.models.base import Decoder, ModelConfig
 from hasten.models.checkpoint import CheckpointError, Facts, SafetensorsWeights, read_json
 
@@ -135,11 +136,13 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise stated.wrong(f"{name!r} must be a number, found {value!r}")
-        defaults[name] = value
+        defaults[name] = 0 if (name, value) == ("top_k", -1) else value  # both mean: all
+    try:
+        SamplingParams(**defaults)
+    except ValueError as error:
+        raise stated.wrong(str(error)) from None
     if not stated.flag("do_sample", True):
         defaults["temperature"] = 0.0
-    if eos_ids := stated.token_ids("eos_token_id"):
-        defaults["eos_ids"] = eos_ids
     return defaults
 
 
