@@ -241,8 +241,8 @@ def test_ids_are_unique_while_in_use(tiny: Make) -> None:
 def test_too_little_memory(tiny: Make) -> None:
     model = tiny("llama")
     block = engine_of(model).cache.layout.block_bytes()
-    with pytest.raises(ValueError, match=r"holds 1 pages of .* give it at least two"):
-        engine_of(model, kv_bytes=2 * block - 1)
+    with pytest.raises(ValueError, match=r"holds no page of"):
+        engine_of(model, kv_bytes=block - 1)
     assert engine_of(model, kv_bytes=2 * block).max_length in (31, 32)
     for name in ("max_sequences", "max_batch_tokens", "kv_bytes"):
         with pytest.raises(ValueError, match=f"{name} is 0, must be at least 1"):

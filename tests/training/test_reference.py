@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from hasten.training.reference import SHIPPED, Recipe, budget, weight_bytes
+from hasten.training.model import Llama
+from hasten.training.reference import SHIPPED, Recipe, budget, inherit_embedding, weight_bytes
 
 MODELS = ("target", "draft")
 FILES = (
@@ -74,3 +76,22 @@ def test_budgets() -> None:
     recipe = Recipe()
     assert recipe.target_shape.head_dim == recipe.draft_shape.head_dim
     assert Path(SHIPPED).name == "reference"
+
+
+def test_draft_inherits_which_tokens_are_alike() -> None:
+    """Tokens spread over few directions keep their angles in fewer units."""
+    recipe = Recipe()
+    small = replace(recipe.draft_shape, vocab_size=200, num_hidden_layers=1)
+    target = Llama(replace(recipe.target_shape, vocab_size=200, num_hidden_layers=1))
+    wide = target.model.embed_tokens.weight
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        flat = torch.randn(200, 100, generator=generator)
+        wide.copy_(flat @ torch.randn(100, wide.shape[1], generator=generator))
+    draft = Llama(small)
+    inherit_embedding(draft, target)
+    narrow = draft.model.embed_tokens.weight
+    cosines = [torch.nn.functional.normalize(e, dim=1) for e in (wide, narrow)]
+    torch.testing.assert_close(
+        cosines[0] @ cosines[0].T, cosines[1] @ cosines[1].T, atol=1e-4, rtol=0
+    )

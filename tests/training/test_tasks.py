@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from hasten.training.data import Mixture, encode_sample
+from hasten.training.data import Curriculum, Mixture, encode_sample
 from hasten.training.tasks import Arithmetic, JsonFill, ListOperation, Task, all_tasks
 from hasten.training.validate import sample_of_length
 
@@ -97,3 +97,14 @@ def test_batches_are_a_function_of_seed_and_step(tokenizer: Tokenizer) -> None:
     flat = one.tokens.flatten()
     inside = (one.mask > 0) & (one.rows % 96 != 95)
     assert np.array_equal(flat[one.rows[inside] + 1], one.targets[inside])
+
+
+def test_curriculum_changes_with_the_length(tokenizer: Tokenizer) -> None:
+    main = Mixture(tokenizer, SOURCES, all_tasks(SOURCES), seed=4)
+    first = main.with_shares(0.0, {"chat": 0.0})
+    assert dict(zip((task.name for task in first.tasks), first.weights, strict=True))["chat"] == 0
+    curriculum = Curriculum(first, main, 64)
+    for length, source in ((64, first), (96, main)):
+        wanted, found = source.batch(1, 4, length), curriculum.batch(1, 4, length)
+        assert np.array_equal(wanted.tokens, found.tokens)
+    assert not np.array_equal(main.batch(1, 4, 64).tokens, first.batch(1, 4, 64).tokens)
