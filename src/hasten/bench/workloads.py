@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,21 @@ def code(count: int = 64, seed: int = 0) -> list[Item]:
     """Completion prompts cut from standard-library files that no bundled model was trained on.
 
     Each ends with the line that begins a function (``def ...``) and starts up to 40 whole lines
-    before it, as far as 2000 characters reach. No prompt comes twice; files are as likely as they
-    have functions.
+    before it, as far as 2000 characters reach. The files take turns; no prompt comes twice.
     """
-    files = [file.text.splitlines(keepends=True) for file in _held_out_files()]
-    places = [
-        (lines, at)
-        for lines in files
-        for at, line in enumerate(lines)
-        if line.lstrip().startswith("def ")
-    ]
-    random.Random(f"code {seed}").shuffle(places)
+    rng = random.Random(f"code {seed}")
+    places = []  # of each file, in random order
+    for file in rng.sample(_held_out_files(), len(_held_out_files())):
+        lines = file.text.splitlines(keepends=True)
+        starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("def ")]
+        places.append([(lines, at) for at in rng.sample(starts, len(starts))])
     prompts: dict[str, None] = {}  # in the order of the draw
-    for lines, at in places:
+    for place in chain.from_iterable(zip_longest(*places)):
         if len(prompts) == count:
             break
+        if place is None:  # this file has no further function
+            continue
+        lines, at = place
         start = max(0, at - 40)
         while start < at and sum(map(len, lines[start : at + 1])) > 2000:
             start += 1
