@@ -35,6 +35,9 @@ MODELS = {
 }
 
 
+SEEN: Counter[str] = Counter()
+"""What happened over all machines of a run."""
+
 SOAKED = [
     ("llama", ""),
     ("mistral", ""),
@@ -58,7 +61,7 @@ def machine(model: Decoder, choices: str, seen: Counter[str]) -> type[RuleBasedS
     class Machine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.world = World(model, choices=choices, blocks=9)
+            self.world = World(model, choices=choices, blocks=7)
 
         @rule(
             seed=st.integers(0, 2**16),
@@ -110,8 +113,16 @@ def test_every_request_gives_what_it_gives_alone(
             max_examples=examples, stateful_step_count=25, deadline=None, derandomize=True
         ),
     )
+    SEEN.update(seen)
+    SEEN["machines"] += 1
+
+
+def test_the_examples_saw_everything() -> None:
+    """The machines above are worth something only if what they are about happened."""
+    if SEEN["machines"] < 5:
+        pytest.skip("only after all machines have run")
     for what in ("preemptions", "accepted drafts", "prefix hits", "checked"):
-        assert seen[what], f"the examples saw no {what}: {dict(seen)}"
+        assert SEEN[what] > 5, f"the examples saw too few {what}: {dict(SEEN)}"
 
 
 @pytest.mark.parametrize("choices", STACKS)
