@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hasten.api.frontend import Frontend
 from hasten.api.interrupts import held_back
 from hasten.api.output import Piece, RequestOutput
-from hasten.bench.workloads import Item
 from hasten.decoding.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Item:
+    """One piece of work.
+
+    Exactly one of ``prompt`` (text or token ids) and ``turns`` (user messages, answered in order)
+    is given. ``params`` overrides the sampling parameters of the run.
+    """
+
+    id: str
+    prompt: str | tuple[int, ...] | None = None
+    turns: tuple[Any, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

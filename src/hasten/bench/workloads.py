@@ -9,29 +9,15 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
+from hasten.api.run_items import Item
 from hasten.decoding.params import SamplingParams
 from hasten.training.corpus import SourceFile, split, standard_library
-
-
-@dataclass(frozen=True)
-class Item:
-    """One piece of work.
-
-    Exactly one of ``prompt`` (text or token ids) and ``turns`` (user messages, answered in order)
-    is given. ``params`` overrides the sampling parameters of the run.
-    """
-
-    id: str
-    prompt: str | tuple[int, ...] | None = None
-    turns: tuple[Any, ...] = ()
-    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 class WorkloadError(ValueError):
