@@ -99,6 +99,8 @@ def compare(
         with o.line_of_rounds(rounds) as show:
             rows = comparison.compare(contestants, items, params, rounds, show)
         shape = f"{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens, greedy"
+        if peers:
+            shape += "; transformers takes all prompts as one padded batch, whatever the batch here"
         if as_json:
             print(json.dumps({"shape": shape} | report.as_json(rows, report.conditions())))
         else:
