@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from hasten.models.base import Decoder
-from hasten.models.checkpoint import Facts
+from hasten.models.facts import Facts
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hasten.models.checkpoint import Facts
+from hasten.models.facts import Facts
 from hasten.models.layers import Rope, RopeFacts, rope_facts
 
 LLAMA31 = {

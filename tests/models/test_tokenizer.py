@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hasten.models.checkpoint import CheckpointError
+from hasten.models.facts import CheckpointError
 from hasten.models.tokenizer import HELD, Tokenizer
 
 TEXTS = (

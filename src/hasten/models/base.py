@@ -21,7 +21,7 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.linear import PackedWeight
-from hasten.models.checkpoint import Facts
+from hasten.models.facts import Facts
 from hasten.models.layers import Rope, RopeFacts, rope_facts
 
 # Larger sizes than any model has; a bound on what a hostile config.json can make us allocate.

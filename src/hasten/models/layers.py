@@ -16,7 +16,7 @@ from torch import Tensor
 from hasten.kernels.activation import gated
 from hasten.kernels.linear import PackedWeight, linear, pack
 from hasten.kernels.rms_norm import rms_norm
-from hasten.models.checkpoint import CheckpointError, Facts
+from hasten.models.facts import CheckpointError, Facts
 
 if TYPE_CHECKING:
     from hasten.models.base import KV, ModelConfig, Weights

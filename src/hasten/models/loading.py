@@ -22,13 +22,14 @@ from torch import Tensor
 import hasten.models
 from hasten.decoding.params import SamplingParams
 from hasten.models.base import Decoder, ModelConfig
-from hasten.models.checkpoint import CheckpointError, Facts, SafetensorsWeights, read_json
+from hasten.models.checkpoint import SafetensorsWeights
+from hasten.models.facts import CheckpointError, Facts, read_json
 
 __all__ = ["CheckpointError", "architectures", "load_config", "load_model", "locate"]
 
 log = logging.getLogger(__name__)
 
-PARTS = {"base", "chat_template", "checkpoint", "layers", "loading", "paged", "tokenizer"}
+PARTS = {"base", "chat_template", "checkpoint", "facts", "layers", "loading", "paged", "tokenizer"}
 """Modules of this package that are not architectures."""
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")

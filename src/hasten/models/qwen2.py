@@ -8,7 +8,7 @@ from torch import Tensor
 from hasten.kernels.embedding import embed
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
 from hasten.models.base import KV, Decoder, ModelConfig, Weights, common_facts, layer_windows
-from hasten.models.checkpoint import Facts
+from hasten.models.facts import Facts
 from hasten.models.layers import Attention, GatedMLP, Linear, Rope, vector
 
 

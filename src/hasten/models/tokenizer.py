@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from hasten.models.checkpoint import CheckpointError, read_json
+from hasten.models.facts import CheckpointError, read_json
 
 if TYPE_CHECKING:
     from hasten.models.chat_template import ChatTemplate
