@@ -106,7 +106,7 @@ def test_types() -> None:
     batch = Batch.build([Segment(2, 7, [3], tree)], [])
     kinds = {name: getattr(batch, name).dtype.name for name in Batch.__slots__ if name != "tables"}
     assert kinds == {
-        **dict.fromkeys(["tokens", "wanted"], "int64"),
+        **dict.fromkeys(["tokens", "wanted", "embedded"], "int64"),
         **dict.fromkeys(["positions", "slots", "table_row", "base"], "int32"),
         **dict.fromkeys(["segment_rows", "segment_wanted"], "int32"),
         "mask": "uint64",

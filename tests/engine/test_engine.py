@@ -531,3 +531,25 @@ def test_ids_that_are_no_integers_are_refused(params: dict[str, object]) -> None
 
 def test_keys_of_json_are_token_ids() -> None:
     assert SamplingParams(logit_bias={"7": 1.0}).logit_bias == {7: 1.0}  # type: ignore[dict-item]
+
+
+def test_thousands_may_wait_and_leave(tiny: Make) -> None:
+    """Lines stay in order of rank, aborts find their place in them, and nothing is left over."""
+    rng = random.Random(4)
+    engine = Engine(tiny("llama"), Stack.parse(), EngineConfig(max_sequences=4, kv_bytes=1 << 20))
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    left = []
+    for i in range(3000):
+        left.append(f"r{i}")
+        engine.add([5, 6, 7], params, request_id=left[-1], priority=rng.randrange(3))
+    rng.shuffle(left)
+    while left:
+        for _ in range(100):
+            engine.abort(left.pop())
+        for delta in engine.step():
+            assert delta.sequence.finish_reason != "error"
+        for line in (engine.waiting, engine.running):
+            assert [s.rank for s in line] == sorted(s.rank for s in line)
+            assert all(s.finish_reason is None for s in line)
+    assert not engine.has_work and not engine.requests and engine.cache.usage == 0
+    engine.check_ledger()

@@ -21,6 +21,10 @@ from hasten.stack import Stack
 logger = logging.getLogger(__name__)
 
 
+ENCODE_AT_ONCE = 2_000
+"""Characters up to which a prompt is tokenized in the event loop (some 100 us); a longer one goes
+to a thread of its own, and none keeps the engine waiting."""
+
 Sink = Callable[[Piece | Exception], None]
 Command = tuple[Future[Any], Callable[[], Any]]
 
@@ -122,7 +126,9 @@ class AsyncLLM:
 
         options = {"request_id": request_id, "tenant": tenant, "priority": priority}
         async with self._submitted(sink, prompt, params, options):
-            return await result
+            output = await result
+        output.prompt = prompt if isinstance(prompt, str) else None
+        return output
 
     async def close(self) -> None:
         """End the engine thread. Requests that still run raise ``EngineStopped``."""
@@ -147,9 +153,10 @@ class AsyncLLM:
     ) -> AsyncIterator[None]:
         """A request that runs inside the block and is ended with it. ``sink`` is called in the
         engine thread."""
+        ids = await self._encode(prompt) if isinstance(prompt, str) else prompt
 
         def submit() -> str:
-            request = self._front.submit(prompt, params, **options)
+            request = self._front.submit(ids, params, **options)
             self._sinks[request.id] = sink
             return request.id
 
@@ -166,6 +173,12 @@ class AsyncLLM:
             yield
         finally:
             self._forget(name, sink)
+
+    async def _encode(self, text: str) -> list[int]:
+        encode = self._front.tokenizer.encode
+        if len(text) <= ENCODE_AT_ONCE:
+            return encode(text)
+        return await asyncio.to_thread(encode, text)
 
     def _call(self, work: Callable[[], Any]) -> Future[Any]:
         """Run ``work`` in the engine thread between two steps."""

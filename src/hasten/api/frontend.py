@@ -63,8 +63,9 @@ class Frontend:
         share: Sequence[Frontend] = (),
     ) -> None:
         """Sizes as for ``LLM``. The weights of one of ``share`` are used if it has the same model
-        and its stack asked for the same weights."""
+        and length and its stack asked for the same weights."""
         self.stack = Stack.parse(stack)
+        self.max_length = max_length
         self.name = str(model)
         self.folder = locate(resolve(model))
         read_facts(self.folder)  # first: a folder without a model has no tokenizer either
@@ -73,12 +74,15 @@ class Frontend:
         loaded: list[Decoder] = [
             front.engine.model
             for front in share
-            if front.folder == self.folder and front.stack["weights"] == weights
+            if (front.folder, front.max_length) == (self.folder, max_length)
+            and front.stack["weights"] == weights
         ]
         decoder = (
             loaded[0]
             if loaded
-            else load_model(self.folder, dtype=weights.torch_dtype, progress=progress)
+            else load_model(
+                self.folder, dtype=weights.torch_dtype, progress=progress, max_length=max_length
+            )
         )
         self.engine: Engine = Engine(
             decoder,
@@ -102,9 +106,13 @@ class Frontend:
         request_id: str | None = None,
         tenant: str = "",
         priority: int = 0,
+        embed: bool = False,
     ) -> Request:
-        """Queue a prompt (text or token ids). Raises ``RequestRefused`` if it can never run."""
-        params = params or SamplingParams()
+        """Queue a prompt (text or token ids). Raises ``RequestRefused`` if it can never run.
+
+        With ``embed`` its one piece holds the last hidden state, and ``params`` does not matter.
+        """
+        params = SamplingParams(max_tokens=0) if embed else params or SamplingParams()
         if request_id in self._entries:
             raise RequestRefused(f"request id '{request_id}' is in use")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._ids(prompt)
@@ -124,6 +132,7 @@ class Frontend:
             priority=priority,
             bad_words=[self._bad_word(word) for word in params.bad_words],
             texts=texts if params.stop else (),
+            embed=embed,
         )
         keep = params.logprobs is not None
         outputs = [_Output(text, logprobs=[] if keep else None) for text in texts]
@@ -182,17 +191,21 @@ class Frontend:
             output.tokens += delta.tokens
             if delta.logprobs is not None and output.logprobs is not None:
                 output.logprobs += delta.logprobs
-            pieces.append(
-                Piece(
-                    sequence.request.id,
-                    sequence.index,
-                    text,
-                    delta.tokens,
-                    delta.logprobs,
-                    sequence.finish_reason,
-                    sequence.error,
-                )
+            piece = Piece(
+                sequence.request.id,
+                sequence.index,
+                text,
+                delta.tokens,
+                delta.logprobs,
+                sequence.finish_reason,
+                sequence.error,
+                embedding=delta.embedding,
             )
+            if sequence.finish_reason is not None:
+                piece.figures = sequence.figures
+                if sequence.index == 0:
+                    piece.prompt_logprobs = sequence.request.prompt_logprobs
+            pieces.append(piece)
         return pieces
 
     def discard(self, request_id: str) -> None:

@@ -12,6 +12,11 @@ class Piece:
     """What one step added to one output of a request: the unit of streaming.
 
     The texts of all pieces of an output concatenate to exactly its final text.
+
+    Attributes:
+        figures: with the last piece of an output.
+        prompt_logprobs: with the last piece of output 0, if they were asked for.
+        embedding: float32 values of the last hidden state, for a request that asked for it.
     """
 
     request_id: str
@@ -21,6 +26,9 @@ class Piece:
     logprobs: list[Logprobs] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    figures: Figures | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+    embedding: list[float] | None = None
 
 
 @dataclass(slots=True)

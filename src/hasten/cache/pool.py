@@ -48,6 +48,11 @@ class PagePool:
     def num_held(self) -> int:
         return self.num_pages - self.num_available
 
+    @property
+    def num_cached(self) -> int:
+        """Pages that nobody holds but the prefix index can still find."""
+        return len(self._cached)
+
     def take(self) -> int:
         """A page with one reference and no content. Raises ``IndexError`` if none is left."""
         if self._free:

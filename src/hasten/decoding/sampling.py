@@ -135,7 +135,7 @@ class Sampler:
         self.stream = stream
         self._eos = eos
         self._prompt = prompt
-        self._prompt_ids: NDArray[np.int64] | None = None
+        self._seen: NDArray[np.bool_] | None = None  # tokens of prompt and output, by id
         self._bad_words = bad_words
         self._output: list[int] = []
         self._counts: dict[int, int] = {}
@@ -161,6 +161,8 @@ class Sampler:
         self._output.append(token)
         if self._penalised:
             self._counts[token] = self._counts.get(token, 0) + 1
+            if self._seen is not None:
+                self._seen[token] = True
 
     def choose(self, logits: Row, position: int) -> int:
         """The token at ``position``, given the logits of the position before it."""
@@ -211,9 +213,11 @@ class Sampler:
         p = self.params
         generated = np.fromiter(self._counts, np.int64, len(self._counts))
         if p.repetition_penalty != 1:
-            if self._prompt_ids is None:
-                self._prompt_ids = np.unique(np.array(self._prompt, np.int64))
-            seen = np.union1d(self._prompt_ids, generated)
+            if self._seen is None:  # made once; `push` keeps it
+                self._seen = np.zeros(len(row), bool)
+                self._seen[np.array(self._prompt, np.int64)] = True
+                self._seen[generated] = True
+            seen = np.flatnonzero(self._seen)
             factor = np.float32(p.repetition_penalty)
             row[seen] = np.where(row[seen] > 0, row[seen] / factor, row[seen] * factor)
         if len(generated) and (p.presence_penalty or p.frequency_penalty):

@@ -28,7 +28,8 @@ class Segment:
     ``tokens`` are known tokens at the positions ``start, start + 1, ...``. When ``tree`` is given,
     its root is the last of ``tokens`` and its other nodes follow as candidate rows.
     ``wanted`` says which rows need logits: "last" known row and all candidates, "all" rows, or
-    "none" (a prompt chunk that does not reach the end).
+    "none" (a prompt chunk that does not reach the end). "embedding" is "none" with the last known
+    row's hidden state.
     """
 
     table_row: int
@@ -54,6 +55,7 @@ class Batch:
         base: int32 [R], slots below it are visible (window and selection permitting).
         mask: uint64 [R, W], bit j of the row's words = slot ``base + j`` is visible. W may be 0.
         wanted: int64 [n], rows whose logits the step returns, ascending.
+        embedded: int64 [m], rows whose last hidden state it returns, ascending.
         segment_rows: int32 [S + 1], row offsets of the segments.
         segment_wanted: int32 [S + 1], offsets of the segments into ``wanted``.
         tables: one int32 array [table rows, head groups, blocks] per layer group: the page id of
@@ -67,6 +69,7 @@ class Batch:
     base: NDArray[np.int32]
     mask: NDArray[np.uint64]
     wanted: NDArray[np.int64]
+    embedded: NDArray[np.int64]
     segment_rows: NDArray[np.int32]
     segment_wanted: NDArray[np.int32]
     tables: list[NDArray[np.int32]]
@@ -84,6 +87,7 @@ class Batch:
         table_row: list[int] = []
         base: list[int] = []
         wanted: list[int] = []
+        embedded: list[int] = []
         segment_rows = [0]
         segment_wanted = [0]
         masked: list[tuple[int, int]] = []  # (row, bits)
@@ -120,6 +124,8 @@ class Batch:
                 wanted.extend(range(row + known - 1, row + rows))
             elif segment.wanted == "all":
                 wanted.extend(range(row, row + rows))
+            elif segment.wanted == "embedding":
+                embedded.append(row + known - 1)
             segment_rows.append(len(tokens))
             segment_wanted.append(len(wanted))
         mask = np.zeros((len(tokens), words), np.uint64)
@@ -134,6 +140,7 @@ class Batch:
             base=np.array(base, np.int32),
             mask=mask,
             wanted=np.array(wanted, np.int64),
+            embedded=np.array(embedded, np.int64),
             segment_rows=np.array(segment_rows, np.int32),
             segment_wanted=np.array(segment_wanted, np.int32),
             tables=tables,

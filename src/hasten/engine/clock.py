@@ -13,10 +13,10 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Real time."""
+    """Real time, on the scale that all processes of a machine share."""
 
     def now(self) -> float:
-        return time.perf_counter()
+        return time.monotonic()
 
 
 class VirtualClock:

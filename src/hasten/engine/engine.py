@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.cache.layout import PAGE_SIZE, KVLayout, KVStorage
+from hasten.cache.layout import PAGE_SIZE, KVStorage
 from hasten.cache.manager import CacheManager, Stream
 from hasten.cache.prefix import root_key
 from hasten.decoding.params import SamplingParams
@@ -117,7 +117,7 @@ class Engine:
         stack.check(facts.provides, facts.architecture)
         plain = facts.kv_layout(stack["codec"].torch_dtype)
         groups = tuple(stack["select"].view(group) for group in plain.groups)
-        layout = KVLayout(plain.num_kv_heads, plain.head_dim, groups, plain.dtype)
+        layout = replace(plain, groups=groups)
         longest = self.config.max_length or facts.max_positions
         if longest > facts.max_positions:
             raise ValueError(
@@ -159,6 +159,7 @@ class Engine:
         priority: int = 0,
         bad_words: Seq[Seq[int]] = (),
         texts: Seq[TextStream] = (),
+        embed: bool = False,
     ) -> Request:
         """Queue a request.
 
@@ -169,10 +170,14 @@ class Engine:
             priority: smaller runs first and is preempted last.
             bad_words: ``params.bad_words`` as token ids.
             texts: one text stream per sequence if stop strings are to be found.
+            embed: give the normed last hidden state of the last prompt token instead of new
+                tokens; ``params`` does not matter then.
 
         Raises:
             RequestRefused: it can never run; nothing was queued.
         """
+        if embed:
+            params = SamplingParams(max_tokens=0)
         params = params.resolved(self.model.sampling_defaults)
         prompt = list(prompt)
         self._check(prompt, params, bad_words, texts)
@@ -186,7 +191,9 @@ class Engine:
         if not params.ignore_eos:  # a checkpoint may name ids beyond its own vocabulary
             vocab = self.model.config.vocab_size
             eos = frozenset(t for t in self.model.config.eos_ids if 0 <= t < vocab)
-        request = Request(request_id, self._arrivals, prompt, params, limit, eos, priority)
+        request = Request(
+            request_id, self._arrivals, prompt, params, limit, eos, priority, embed=embed
+        )
         self._arrivals += 1
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(prompt)
@@ -306,12 +313,12 @@ class Engine:
             self.waiting, self.running, self.cache, self.config.max_batch_tokens
         )
         for sequence in plan.preempted:
-            self.running.remove(sequence)
+            _take_out(self.running, sequence)
             insort(self.waiting, sequence, key=_rank)
             sequence.figures.preemptions += 1
             self.stats.preemptions += 1
         for sequence in plan.admitted:
-            self.waiting.remove(sequence)
+            _take_out(self.waiting, sequence)
             insort(self.running, sequence, key=_rank)
             figures = sequence.figures
             if figures.scheduled is None:
@@ -359,8 +366,11 @@ class Engine:
             start = stream.computed
             if sequence.request.prompt_logprobs is not None:
                 wanted = "all"
+            elif not grant.reaches_end:
+                wanted = "none"
             else:
-                wanted = "last" if grant.reaches_end else "none"
+                # a prefix hit leaves at least the last token, so its row is always computed
+                wanted = "embedding" if sequence.request.embed else "last"
             tokens = sequence.tokens[start : start + grant.rows]
             segments.append(Segment(stream.table_row, start, tokens, trees.get(i), wanted))
         return Batch.build(segments, self.cache.tables)
@@ -372,6 +382,7 @@ class Engine:
         finite = bool(np.isfinite(lse.numpy()).all())
         rows = _Rows(output.logits.numpy(), best.tolist(), lse.numpy(), finite)
         ends_at = batch.segment_wanted.tolist()
+        embeddings = iter(output.embeddings.tolist())
         moves = Moves([], [], [])
         extended: list[tuple[Delta, int, int]] = []  # with positions computed, row of the root
         for i, grant in enumerate(plan.grants):
@@ -386,6 +397,8 @@ class Engine:
             root_row = ends_at[i + 1] - (1 if tree is None else len(tree))
             known = len(sequence.tokens)
             path, delta = self._extend(sequence, tree, root_row, rows)
+            if sequence.request.embed:
+                delta.embedding = next(embeddings)
             extended.append((delta, known + len(path) - 1, root_row))
             for to, node in enumerate(path):
                 if node != to:
@@ -422,7 +435,7 @@ class Engine:
         delta = Delta(sequence, [])
         if params.logprobs is not None:
             delta.logprobs = []
-        if len(sequence.tokens) >= request.limit:  # nothing was to be generated (scoring)
+        if len(sequence.tokens) >= request.limit:  # nothing was to be generated
             sequence.finish_reason = "length"
             return [0], delta
 
@@ -513,9 +526,8 @@ class Engine:
     def _retire(self, sequence: Sequence) -> None:
         """Give back what a finished sequence holds."""
         self.cache.release(sequence.stream)
-        for queue in (self.running, self.waiting):
-            if sequence in queue:
-                queue.remove(sequence)
+        if not _take_out(self.running, sequence):
+            _take_out(self.waiting, sequence)  # or a twin that never ran: it is in neither
         sequence.draft_state = None
         self.stats.finished += 1
         if sequence.request.finished:
@@ -543,6 +555,16 @@ class Engine:
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.rank
+
+
+def _take_out(line: list[Sequence], sequence: Sequence) -> bool:
+    """Remove a sequence from a line in order of rank; False if it is not in it. Thousands may
+    wait, so the place is searched by bisection."""
+    place = bisect_left(line, sequence.rank, key=_rank)
+    if place == len(line) or line[place] is not sequence:
+        return False
+    del line[place]
+    return True
 
 
 @dataclass(slots=True)

@@ -22,11 +22,13 @@ class Output:
 
     Attributes:
         logits: float32 [len(batch.wanted), vocabulary].
+        embeddings: float32 [len(batch.embedded), hidden], normed.
         hidden: layer index -> float32 [rows, hidden], for the layers that were asked for.
         seconds: time in the model's forward.
     """
 
     logits: torch.Tensor
+    embeddings: torch.Tensor
     hidden: dict[int, torch.Tensor]
     seconds: float
 
@@ -80,7 +82,8 @@ class Runner:
         kv = PagedKV(self.storage, batch)
         out = self.model.forward(batch, kv, capture=capture)
         logits = self.model.logits(out, batch.wanted)
-        return Output(logits, out.captured, time.perf_counter() - start)
+        embeddings = self.model.embeddings(out, batch.embedded)
+        return Output(logits, embeddings, out.captured, time.perf_counter() - start)
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy whole pages, (layer group, from, to), over all layers of the group."""

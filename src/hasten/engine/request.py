@@ -72,6 +72,7 @@ class Request:
         eos: tokens that end a sequence.
         dormant: sequences (``n`` > 1) that wait for the first one to compute the prompt.
         prompt_logprobs: filled as the prompt is computed; None for the first token.
+        embed: asks for the last hidden state of the prompt; nothing is generated.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     dormant: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] | None = None
+    embed: bool = False
 
     @property
     def finished(self) -> bool:
@@ -99,3 +101,5 @@ class Delta:
     logprobs: list[Logprobs] | None = None
     text: str | None = None
     """New text, for requests whose text the engine follows (stop strings); else None."""
+    embedding: list[float] | None = None
+    """With the end of a request that asked for one."""
