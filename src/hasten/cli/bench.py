@@ -1,4 +1,4 @@
-"""``hasten bench``: one stack, fixed shapes."""
+"""``hasten bench``: one stack at fixed shapes, or a server under load."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Annotated
 
 import typer
 
+from hasten.cli import bench_serve, bench_startup
 from hasten.cli import options as o
 
-app = typer.Typer(no_args_is_help=True, help="Measure one stack at fixed lengths.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure one stack at fixed lengths (latency, throughput), or a server (serve, startup).",
+)
+app.command("serve")(bench_serve.serve)
+app.command("startup")(bench_startup.startup)
 
 InputLen = Annotated[int, typer.Option(min=1, help="Prompt tokens (random ids).")]
 OutputLen = Annotated[
