@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hasten.cli import bench, chat, compare, generate, methods, run, train, widen
+from hasten.cli import bench, chat, compare, generate, methods, run, serve, train, widen
 
 app = typer.Typer(
     name="hasten",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("methods")(methods.methods)
 app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")

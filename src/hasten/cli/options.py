@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Folder or hub id in Hugging Face layout, or 'reference' (bundled)."
+        "--model",
+        "-m",
+        help="Folder or hub id in Hugging Face layout, a .gguf file or org/name:Q4_K_M, or "
+        "'reference' (bundled).",
     ),
 ]
 StackText = Annotated[

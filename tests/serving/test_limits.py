@@ -1,0 +1,257 @@
+"""Request bombs: refused by name, quickly, in bounded memory, while others are served."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from hasten.serving.bodies import check_bulk, check_depth
+from hasten.serving.errors import ApiError
+from tests.serving.conftest import Command, Live
+
+SECONDS = 1.0
+EXTRA_BYTES = 256 << 20
+LAG = 0.2
+"""Seconds that /health may take meanwhile, on a machine that other tests share."""
+
+
+class Peak:
+    """Watches the server's memory, and how long it leaves callers of /health waiting."""
+
+    def __init__(self, command: Command) -> None:
+        self._command = command
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.start = self.peak = command.resident()
+        self.lags = [0.0]
+
+    def _watch(self) -> None:
+        with httpx.Client(base_url=self._command.url) as client:
+            while not self._stop.wait(0.005):
+                asked = time.perf_counter()
+                client.get("/health")
+                self.lags.append(time.perf_counter() - asked)
+                self.peak = max(self.peak, self._command.resident())
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    server = Command(tmp_path_factory.mktemp("serve"), "--max-length", "512")
+    yield server
+    server.close()
+
+
+def deep(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+def bombs() -> Iterator[tuple[str, str, bytes | str, int]]:
+    """(name, route, body, expected status)"""
+    completions, chat = "/v1/completions", "/v1/chat/completions"
+
+    def prompt(**fields: Any) -> str:
+        import json
+
+        return json.dumps({"prompt": "x", "max_tokens": 1, **fields})
+
+    yield "n", completions, prompt(n=10**9), 400
+    yield "best_of", completions, prompt(best_of=10**9), 400
+    yield "prompt_logprobs", completions, prompt(prompt_logprobs=-1), 400
+    yield "logprobs", completions, prompt(logprobs=10**6), 400
+    yield "huge integer", completions, '{"prompt": "x", "seed": ' + "9" * 10_000 + "}", 400
+    bias = {str(i): 1.0 for i in range(10**6)}
+    yield "logit_bias", completions, prompt(logit_bias=bias), 400
+    yield "stop strings", completions, prompt(stop=["x"] * 10**4), 400
+    yield "stop length", completions, prompt(stop="x" * 10**6), 400
+    yield "stop tokens", completions, prompt(stop_token_ids=list(range(10**5))), 400
+    yield "bad words", completions, prompt(bad_words=["x"] * 10**5), 400
+    yield "prompts", completions, prompt(prompt=["x"] * 10**5), 400
+    yield "empty lists", completions, '{"prompt": [' + "[]," * 10**7 + "[]]}", 400
+    yield "ids", completions, '{"prompt": [' + "999," * (7 << 20) + "1]}", 400
+    yield "text", completions, prompt(prompt="x " * (10 << 20)), 400
+    yield "escaped text", completions, prompt(prompt="日本" * (2 << 20)), 400
+    yield "quotes", completions, prompt(prompt='"' * (14 << 20)), 400
+    yield "backslashes", completions, prompt(prompt="\\" * (14 << 20)), 400
+    yield "depth", completions, '{"prompt": ' + deep(10**4) + "}", 400
+    yield "depth of an unknown field", completions, '{"x": ' + deep(10**4) + ', "prompt": "x"}', 400
+    yield (
+        "depth of a refused field",
+        completions,
+        ('{"guided_json": ' + deep(10**4) + ', "prompt": "x"}'),
+        400,
+    )
+    message = '{"role": "user", "content": "x"}'
+    for levels in (100, 900, 10**4):
+        yield (
+            f"{levels} levels in a message",
+            chat,
+            ('{"messages": [{"role": "user", "content": "x", "y": ' + deep(levels) + "}]}"),
+            400,
+        )
+        yield (
+            f"{levels} levels in kwargs",
+            chat,
+            (
+                '{"messages": ['
+                + message
+                + '], "chat_template_kwargs": {"a": '
+                + deep(levels)
+                + "}}"
+            ),
+            400,
+        )
+    yield "messages", chat, '{"messages": [' + ",".join([message] * 10**5) + "]}", 400
+    yield (
+        "regex",
+        chat,
+        ('{"messages": [' + message + '], "guided_regex": "' + "a|" * 10**5 + '"}'),
+        400,
+    )
+    yield "no JSON", completions, b"\xff\xfe", 400
+    yield "half a character", completions, '{"prompt": "\\ud800"}', 400
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status"),
+    [pytest.param(*bomb[1:], id=bomb[0].replace(" ", "-")) for bomb in bombs()],
+)
+def test_bomb(command: Command, route: str, body: bytes | str, status: int) -> None:
+    data = body.encode() if isinstance(body, str) else body
+    for attempt in range(3):  # a busy machine is not the server's fault, slow three times is
+        with Peak(command) as peak:
+            began = time.perf_counter()
+            answer = command.http.post(
+                route, content=data, headers={"content-type": "application/json"}
+            )
+            took = time.perf_counter() - began
+        assert answer.status_code == status, answer.text[:300]
+        error = answer.json()["error"]
+        assert error["message"] and len(answer.content) < 1500, "large inputs are not sent back"
+        assert peak.peak - peak.start < EXTRA_BYTES
+        if (took < SECONDS and max(peak.lags) < LAG) or attempt == 2:
+            break
+    assert took < SECONDS
+    assert max(peak.lags) < LAG, "the event loop was held up"
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
+def test_a_body_of_100_mb_is_refused_on_the_way(command: Command, declared: bool) -> None:
+    length = b"content-length: %d" % (100 << 20) if declared else b"transfer-encoding: chunked"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        + length
+        + b"\r\n\r\n"
+    )
+    part = b" " * (1 << 20)
+    if not declared:
+        part = b"%x\r\n" % len(part) + part + b"\r\n"
+    answer, sent = b"", 0
+    with (
+        Peak(command) as peak,
+        socket.create_connection(("127.0.0.1", int(command.url.rpartition(":")[2]))) as connection,
+    ):
+        connection.sendall(head)
+        while not answer and sent < 100:
+            connection.sendall(part)
+            sent += 1
+            if select.select([connection], [], [], 0.001)[0]:
+                answer = connection.recv(65536)
+        while answer and b"}}" not in answer:
+            answer += connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413") and b"max_body_bytes" in answer
+    assert sent < (10 if declared else 50)
+    assert peak.peak - peak.start < EXTRA_BYTES
+
+
+def test_caps_name_the_limit_and_its_value(serve: Callable[..., Live]) -> None:
+    live = serve(
+        max_n=2, max_logprobs=3, max_stop=1, max_logit_bias=1, max_best_of=2, max_prompts=2
+    )
+    for field, value, limit in (
+        ("n", 3, "max_n=2"),
+        ("logprobs", 4, "max_logprobs=3"),
+        ("stop", ["a", "b"], "max_stop=1"),
+        ("logit_bias", {"1": 1, "2": 1}, "max_logit_bias=1"),
+        ("best_of", 3, "max_best_of=2"),
+        ("prompt", ["a", "b", "c"], "max_prompts=2"),
+        ("prompt", "1 " * 600, "max_length=512"),
+    ):
+        answer = live.http.post("/v1/completions", json={"prompt": "x", field: value})
+        assert answer.status_code == 400
+        assert limit in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == field
+
+
+def raw(live: Live, head: bytes, parts: int = 1) -> bytes:
+    """What the server says to bytes that no HTTP library would send."""
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
+        try:
+            for _ in range(parts):
+                connection.sendall(head)
+        except OSError:
+            pass  # it closed: what it said is still there
+        return connection.recv(65536)
+
+
+def test_headers_are_bounded(live: Live) -> None:
+    began = time.perf_counter()
+    many = b"".join(b"x-%d: 1\r\n" % i for i in range(10**4))
+    assert raw(live, b"GET /health HTTP/1.1\r\nhost: x\r\n" + many + b"\r\n").startswith(
+        b"HTTP/1.1 431"
+    )
+    long = b"GET /health HTTP/1.1\r\nhost: x\r\nlong: " + b"x" * (100 << 10) + b"\r\n\r\n"
+    assert raw(live, long).startswith(b"HTTP/1.1 431")
+    assert time.perf_counter() - began < SECONDS
+
+
+def test_a_head_without_end_is_cut_off(live: Live) -> None:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nlong: ")
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                connection.sendall(b"x" * 65536)
+                time.sleep(0.001)
+    assert live.http.get("/health").status_code == 200
+
+
+def test_bulk_check_finds_long_texts_only() -> None:
+    filler = b'"a": "' + b"x " * 200_000 + b'", '
+    short = b"{" + filler + b'"b": "' + b'\\"' * 50_000 + b'"}'
+    check_bulk(short, 400_000)
+    with pytest.raises(ApiError, match="too long"):
+        check_bulk(short, 399_999)
+    escaped = b'{"a": "' + b"\\u0041" * 60_000 + b'"}'  # 60,000 characters in 360,000 bytes
+    check_bulk(escaped, 60_000)
+    with pytest.raises(ApiError):
+        check_bulk(escaped, 59_000)
+    for slashes in (1, 2, 3, 63, 64, 65, 5000):  # an odd number escapes the quote after it
+        text = b'{"a": "' + b"\\" * slashes + b'"' + b"y" * 300_000 + b'"}'
+        if slashes % 2:
+            with pytest.raises(ApiError):
+                check_bulk(text, 200_000)
+
+
+def test_depth_is_counted_without_recursion() -> None:
+    value: Any = 1
+    for _ in range(50_000):
+        value = [value]
+    with pytest.raises(ApiError, match="max_json_depth=64"):
+        check_depth("tools", value, 64)
+    check_depth("tools", {"a": [{"b": 1}]}, 4)
+    while isinstance(value, list):  # freeing it recursively would overflow the stack
+        value = value[0]
