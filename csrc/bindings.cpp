@@ -47,6 +47,21 @@ void linear(nb::handle x_, nb::handle w_, int64_t n, nb::handle bias_, nb::handl
     kernels().linear(a);
 }
 
+void linear_grouped(nb::handle x_, nb::handle w_, int64_t n, nb::handle out_) {
+    Tensor x("x", x_), w("w", w_), out("out", out_);
+    w.has_shape({-1, (n + 15) / 16, -1, 16}).contiguous();
+    if (w.type() != Type::f32 && w.type() != Type::bf16)
+        w.fail_type(std::string("is ") + type_name(w.type()) + ", not float32 or bfloat16");
+    const int64_t groups = w.shape(0), k = w.shape(2);
+    x.is(Type::f32).has_shape({-1, groups, k}).contiguous(2);
+    out.is(Type::f32).has_shape({x.shape(0), groups, n}).contiguous(2);
+    LinearArgs a{x.floats(), x.stride(0), x.shape(0), k, n, w.as<void>(), w.type() == Type::bf16,
+                 nullptr, out.floats(), out.stride(0)};
+    a.parts = groups, a.x_part = x.stride(1), a.out_part = out.stride(1);
+    nb::gil_scoped_release release;
+    kernels().linear(a);
+}
+
 void pack_(nb::handle w_, nb::handle out_) {
     Tensor w("weight", w_), out("out", out_);
     w.has_dims(2).contiguous(1);
@@ -165,33 +180,46 @@ void row_max_lse(nb::handle x_, nb::handle argmax_, nb::handle max_, nb::handle 
     kernels().row_max_lse(a);
 }
 
-void route(nb::handle x_, int64_t top, bool normalize, nb::handle ids_, nb::handle weights_) {
+void route(nb::handle x_, int64_t top, bool normalize, nb::handle ids_, nb::handle weights_,
+           int64_t groups, int64_t top_groups) {
     Tensor x("router_logits", x_), ids("ids", ids_), weights("weights", weights_);
     x.is(Type::f32).has_dims(2).contiguous(1);
-    if (top < 1 || top > x.shape(1))
-        fail("k is " + text(top) + ", but there are " + text(x.shape(1)) + " experts");
+    const int64_t experts = x.shape(1);
+    if (groups < 1 || experts % groups || top_groups < 1 || top_groups > groups)
+        fail("cannot choose " + text(top_groups) + " of " + text(groups) + " equal groups of " +
+             text(experts) + " experts");
+    const int64_t most = experts / groups * top_groups;
+    if (top < 1 || top > most)
+        fail("k is " + text(top) + ", but there are " + text(most) + " experts" +
+             (groups > 1 ? " in the chosen groups" : ""));
     ids.is(Type::i32).has_shape({x.shape(0), top}).contiguous();
     weights.is(Type::f32).has_shape({x.shape(0), top}).contiguous();
-    RouteArgs a{x.floats(), x.stride(0), x.shape(0), x.shape(1), top, normalize,
-                ids.as<int32_t>(), weights.floats()};
+    RouteArgs a{x.floats(), x.stride(0), x.shape(0), experts, top, normalize,
+                ids.as<int32_t>(), weights.floats(), groups, top_groups};
     nb::gil_scoped_release release;
     kernels().route(a);
 }
 
 // ---------------------------------------------------------------- pages
 
-Pages pages_of(nb::handle k_, nb::handle v_, nb::handle table_) {
+// Value pages without columns (padded 0) say that values lie in the keys.
+Pages pages_of(nb::handle k_, nb::handle v_, nb::handle table_, int64_t v_dim) {
     Tensor k("k_pages", k_), v("v_pages", v_), table("table", table_);
     k.has_shape({-1, -1, -1, PAGE}).contiguous();
-    const int64_t padded = (k.shape(2) + 15) / 16 * 16;
+    const bool in_keys = v.has_dims(4).shape(3) == 0;
+    const int64_t padded = in_keys ? 0 : (v_dim + 15) / 16 * 16;
     v.has_shape({k.shape(0), k.shape(1), PAGE, padded}).contiguous();
+    if (in_keys && v_dim > k.shape(2))
+        v.fail("are empty, but keys of " + text(k.shape(2)) + " dimensions cannot hold values of " +
+               text(v_dim));
     if (k.type() != Type::f32 && k.type() != Type::bf16)
         k.fail_type(std::string("is ") + type_name(k.type()) + ", not float32 or bfloat16");
     v.is(k.type());
     table.is(Type::i32).has_dims(3).contiguous();
-    return {k.as<void>(),   v.as<void>(),     k.type() == Type::bf16, k.shape(0),
-            k.shape(1),     k.shape(2),       padded,                 table.as<int32_t>(),
-            table.shape(0), table.shape(1),   table.shape(2)};
+    return {k.as<void>(),   v.as<void>(),   k.type() == Type::bf16,
+            k.shape(0),     k.shape(1),     k.shape(2),
+            v_dim,          padded,         table.as<int32_t>(),
+            table.shape(0), table.shape(1), table.shape(2)};
 }
 
 const int32_t* row_ints(const char* name, nb::handle object, int64_t rows) {
@@ -227,12 +255,12 @@ void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::ha
             nb::handle positions_, nb::handle slots_, nb::handle table_row_, nb::handle table_,
             nb::handle k_pages_, nb::handle v_pages_) {
     AppendArgs a{};
-    Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_);
     Tensor q("q", q_), k("k", k_), v("v", v_), cos("cos", cos_), sin("sin", sin_);
+    Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_, v.has_dims(3).shape(2));
     const int64_t rows = q.has_dims(3).shape(0), kv_heads = g.groups * g.heads;
     q.is(Type::f32).has_shape({rows, -1, g.dim}).contiguous(1);
     k.is(Type::f32).has_shape({rows, kv_heads, g.dim}).contiguous(1);
-    v.is(Type::f32).has_shape({rows, kv_heads, g.dim}).contiguous(1);
+    v.is(Type::f32).has_shape({rows, kv_heads, g.padded ? g.v_dim : 0}).contiguous(1);
     cos.is(Type::f32).has_dims(2).contiguous();
     sin.is(Type::f32).has_shape({cos.shape(0), cos.shape(1)}).contiguous();
     if (2 * cos.shape(1) > g.dim)
@@ -260,8 +288,8 @@ void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::hand
                float scale, int64_t window, int64_t sinks, float cap, nb::handle out_,
                nb::handle lse_) {
     AttentionArgs a{};
-    const Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_);
     Tensor q("q", q_), mask("mask", mask_), out("out", out_);
+    const Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_, out.has_dims(3).shape(2));
     const int64_t rows = q.has_dims(3).shape(0), kv_heads = g.groups * g.heads;
     q.is(Type::f32).has_shape({rows, -1, g.dim}).contiguous(1);
     const int64_t q_heads = q.shape(1);
@@ -269,7 +297,7 @@ void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::hand
         q.fail("has " + text(q_heads) + " heads, no multiple of the " + text(kv_heads) +
                " KV heads");
     mask.is(Type::u64).has_shape({rows, -1}).contiguous();
-    out.is(Type::f32).has_shape({rows, q_heads, g.dim}).contiguous();
+    out.is(Type::f32).has_shape({rows, q_heads, g.v_dim}).contiguous();
     a.q = q.floats(), a.q_stride = q.stride(0), a.q_heads = q_heads, a.rows = rows;
     a.table_row = row_ints("table_row", table_row_, rows);
     a.positions = row_ints("positions", positions_, rows);
@@ -304,7 +332,7 @@ void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::hand
         if (starts.empty() || a.table_row[i] != a.table_row[i - 1] ||
             i - starts.back() == tile_rows)
             starts.push_back(i);
-        a.work += (a.base[i] + count) * q_heads * g.dim * 2;
+        a.work += (a.base[i] + count) * q_heads * (g.dim + g.v_dim);
     }
     starts.push_back(rows);
     a.tile_start = starts.data();
@@ -332,8 +360,7 @@ void check_pages(const Tensor& ids, const char* name, int64_t pages) {
 
 void check_storage(Tensor& k, Tensor& v) {
     k.has_shape({-1, -1, -1, -1, PAGE}).contiguous();
-    v.has_shape({k.shape(0), k.shape(1), k.shape(2), PAGE, (k.shape(3) + 15) / 16 * 16})
-        .contiguous();
+    v.has_shape({k.shape(0), k.shape(1), k.shape(2), PAGE, -1}).contiguous();
     if (k.type() != Type::f32 && k.type() != Type::bf16)
         k.fail_type(std::string("is ") + type_name(k.type()) + ", not float32 or bfloat16");
     v.is(k.type());
@@ -402,6 +429,7 @@ NB_MODULE(_native, m) {
     namespace h = hasten;
 
     m.def("linear", &h::linear, "x"_a, "w"_a, "n"_a, "bias"_a.none(), "out"_a);
+    m.def("linear_grouped", &h::linear_grouped, "x"_a, "w"_a, "n"_a, "out"_a);
     m.def("pack", &h::pack_, "weight"_a, "out"_a);
     m.def("unpack", &h::unpack_, "w"_a, "n"_a, "out"_a);
     m.def("embed", &h::embed_, "ids"_a, "w"_a, "n"_a, "out"_a);
@@ -410,7 +438,8 @@ NB_MODULE(_native, m) {
     m.def("gated", &h::gated, "x"_a, "gelu"_a, "out"_a);
     m.def("softcap", &h::softcap, "x"_a, "cap"_a, "out"_a);
     m.def("row_max_lse", &h::row_max_lse, "logits"_a, "argmax"_a, "max"_a, "lse"_a);
-    m.def("route", &h::route, "router_logits"_a, "k"_a, "normalize"_a, "ids"_a, "weights"_a);
+    m.def("route", &h::route, "router_logits"_a, "k"_a, "normalize"_a, "ids"_a, "weights"_a,
+          "groups"_a = 1, "top_groups"_a = 1);
     m.def("append", &h::append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a,
           "table_row"_a, "table"_a, "k_pages"_a, "v_pages"_a);
     m.def("paged_attention", &h::attention, "q"_a, "k_pages"_a, "v_pages"_a, "table"_a,

@@ -17,6 +17,9 @@ struct LinearArgs {
     const float* bias;  // [n] or null
     float* out;         // [rows, n]
     int64_t out_stride;
+    // several matrices one after the other in w (and bias), each with inputs and outputs of its
+    // own: those of part p begin at x + p * x_part and out + p * out_part
+    int64_t parts = 1, x_part = 0, out_part = 0;
 };
 
 struct NormArgs {
@@ -58,14 +61,15 @@ struct RouteArgs {
     bool normalize;
     int32_t* ids;  // [rows, top]
     float* weights;
+    int64_t groups, top_groups;  // equal runs of experts, and how many of them are chosen from
 };
 
 // Page tables and the pages of one layer.
 struct Pages {
     void* k;  // [pages, heads, dim, PAGE]
-    void* v;  // [pages, heads, PAGE, padded]
+    void* v;  // [pages, heads, PAGE, padded]; padded 0: values are the keys' last v_dim dimensions
     bool bf16;
-    int64_t pages, heads, dim, padded;
+    int64_t pages, heads, dim, v_dim, padded;
     const int32_t* table;  // [tables, groups, blocks]
     int64_t tables, groups, blocks;
 };
@@ -74,7 +78,7 @@ struct AppendArgs {
     Pages pages;
     float* q;  // [rows, q_heads, dim]
     int64_t q_stride, q_heads;
-    const float *k, *v;  // [rows, groups * heads, dim]
+    const float *k, *v;  // [rows, groups * heads, dim] and [.., v_dim]
     int64_t k_stride, v_stride;
     const float *cos, *sin;  // [positions, half]
     int64_t half, rows;
@@ -93,7 +97,7 @@ struct AttentionArgs {
     // rows of tile t: [tile_start[t], tile_start[t + 1]), all of one sequence
     const int64_t* tile_start;
     int64_t tiles, work;
-    float* out;        // [rows, q_heads, dim]
+    float* out;        // [rows, q_heads, v_dim]
     float* lse;        // [rows, q_heads] or null
     int64_t* missing;  // set to 1 + row * blocks + block of a row that needs a page it lacks
 };

@@ -76,6 +76,36 @@ HASTEN_INLINE F16 select(uint32_t bits, F16 a, F16 b) {
 }
 // a * 2^n for whole n in [-126, 128]
 HASTEN_INLINE F16 scale_exponent(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// rows become columns
+HASTEN_INLINE void transpose(F16* row) {
+    __m512 t[LANES], u[LANES];
+    // inside each of the four 128-bit blocks of four rows ...
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_ps(row[i].v, row[i + 1].v);
+        t[i + 1] = _mm512_unpackhi_ps(row[i].v, row[i + 1].v);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    // ... then the blocks
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512 a = _mm512_shuffle_f32x4(u[j], u[j + 4], 0x44);
+        const __m512 b = _mm512_shuffle_f32x4(u[j], u[j + 4], 0xee);
+        const __m512 c = _mm512_shuffle_f32x4(u[j + 8], u[j + 12], 0x44);
+        const __m512 d = _mm512_shuffle_f32x4(u[j + 8], u[j + 12], 0xee);
+        row[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
+        row[j + 4].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+        row[j + 8].v = _mm512_shuffle_f32x4(b, d, 0x88);
+        row[j + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+}
 HASTEN_INLINE float sum(F16 a) {
     __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
     __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
@@ -167,6 +197,40 @@ HASTEN_INLINE __m256 scale_exponent8(__m256 a, __m256 n) {
 HASTEN_INLINE F16 scale_exponent(F16 a, F16 n) {
     return {scale_exponent8(a.lo, n.lo), scale_exponent8(a.hi, n.hi)};
 }
+HASTEN_INLINE void transpose8(__m256* row) {
+    __m256 t[8], u[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            u[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        row[j] = _mm256_permute2f128_ps(u[j], u[j + 4], 0x20);
+        row[j + 4] = _mm256_permute2f128_ps(u[j], u[j + 4], 0x31);
+    }
+}
+// rows become columns: four quarters, of which two change places
+HASTEN_INLINE void transpose(F16* row) {
+    __m256 quarter[4][8];
+    for (int i = 0; i < 8; i++) {
+        quarter[0][i] = row[i].lo, quarter[2][i] = row[i].hi;
+        quarter[1][i] = row[i + 8].lo, quarter[3][i] = row[i + 8].hi;
+    }
+    for (int i = 0; i < 4; i++) transpose8(quarter[i]);
+    for (int i = 0; i < 8; i++) {
+        row[i] = {quarter[0][i], quarter[1][i]};
+        row[i + 8] = {quarter[2][i], quarter[3][i]};
+    }
+}
 HASTEN_INLINE float sum(F16 a) {
     __m256 b = _mm256_add_ps(a.lo, a.hi);
     __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
@@ -234,6 +298,14 @@ HASTEN_INLINE float scale_exponent1(float a, float n) {
     return a * power_of_two(half) * power_of_two(whole - half);
 }
 HASTEN_INLINE F16 scale_exponent(F16 a, F16 n) { HASTEN_LANEWISE(scale_exponent1(a.v[i], n.v[i])); }
+HASTEN_INLINE void transpose(F16* row) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            const float x = row[i].v[j];
+            row[i].v[j] = row[j].v[i];
+            row[j].v[i] = x;
+        }
+}
 HASTEN_INLINE float sum(F16 a) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) a.v[i] = a.v[i] + a.v[i + half];

@@ -9,9 +9,13 @@
 //   chunks are folded in ascending order: with m' = max(m, m_c), a = exp(m - m'),
 //   b = exp(m_c - m'): l = fma(l_c, b, l a), o = fma(o_c, b, o a); the output is o / l.
 //
-// A tile is a few rows of one sequence times the query heads of one KV head. Its queries share
+// A tile is a few rows of one sequence times query heads of one KV head. Its queries share
 // loads of keys and values, nothing else, so how rows are grouped cannot change a bit.
+//
+// Values are rows of their own pages, or the last dimensions of the keys (latent attention). The
+// latter are first copied out of the dimension-major pages, chunk by chunk.
 #include <cmath>
+#include <type_traits>
 
 #include "ops.h"
 
@@ -35,6 +39,27 @@ struct KeyPages {
     int lane[CHUNK_PAGES];
     const T *v[CHUNK_PAGES], *next_k[CHUNK_PAGES];
 };
+
+// out[lane][d] = k[from + d][lane] for the keys of a page; the padding up to `width` is zero
+template <class T>
+void values_of_page(const T* k, int64_t from, int64_t dim, int64_t width, float* out) {
+    for (int64_t d = 0; d < width; d += LANES) {
+        F16 part[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            part[i] = d + i < dim ? load(k + (from + d + i) * PAGE) : zero();
+        transpose(part);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) store(out + i * width + d, part[i]);
+    }
+}
+
+// the same for one key of a page
+template <class T>
+void value_of_key(const T* k, int64_t from, int64_t dim, int64_t width, float* out) {
+    for (int64_t d = 0; d < dim; d++) out[d] = widen(k[(from + d) * PAGE]);
+    for (int64_t d = dim; d < width; d++) out[d] = 0.0f;
+}
 
 // scores[i][lane + j] = sum over d ascending of q[i][d] * k[d][j], for P pages from `first`
 template <class T, int Q, int P, bool FETCH>
@@ -116,7 +141,7 @@ void dot_queries(const float* const* q, int queries, const KeyPages<T>& pages, i
 struct Query {
     const float* q;
     float* scores;  // [64], then the weights p
-    float* o;       // [padded]
+    float* o;       // [width of a value]
     float m, l;
     float keep, add;  // a and b of the fold of the present chunk
 };
@@ -154,9 +179,9 @@ void add_values(Query* const* q, const T* const* v, uint64_t visible, int64_t of
 }
 
 template <class T, int Q>
-void add_values_of(Query* const* q, const T* const* v, uint64_t visible, int64_t padded) {
-    for (int64_t offset = 0; offset < padded;) {
-        const int64_t left = (padded - offset) / LANES;
+void add_values_of(Query* const* q, const T* const* v, uint64_t visible, int64_t width) {
+    for (int64_t offset = 0; offset < width;) {
+        const int64_t left = (width - offset) / LANES;
         const int n = left < WIDTH ? int(left) : WIDTH;
         switch (n) {
             case 1: add_values<T, Q, 1>(q, v, visible, offset); break;
@@ -172,13 +197,13 @@ void add_values_of(Query* const* q, const T* const* v, uint64_t visible, int64_t
 
 template <class T>
 void add_values_queries(Query* const* q, int queries, const T* const* v, uint64_t visible,
-                        int64_t padded) {
+                        int64_t width) {
     switch (queries) {
-        case 1: add_values_of<T, 1>(q, v, visible, padded); break;
-        case 2: add_values_of<T, 2>(q, v, visible, padded); break;
+        case 1: add_values_of<T, 1>(q, v, visible, width); break;
+        case 2: add_values_of<T, 2>(q, v, visible, width); break;
 #if defined(__AVX512F__)
-        case 3: add_values_of<T, 3>(q, v, visible, padded); break;
-        case 4: add_values_of<T, 4>(q, v, visible, padded); break;
+        case 3: add_values_of<T, 3>(q, v, visible, width); break;
+        case 4: add_values_of<T, 4>(q, v, visible, width); break;
 #endif
     }
 }
@@ -253,11 +278,19 @@ struct Scratch {
     }
 };
 
-template <class T>
-void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_t kv_head) {
+// Rows of one sequence times the query heads [first_head, first_head + group) of a KV head.
+struct TileOf {
+    int64_t first_row, rows, kv_head, first_head, group;
+};
+
+template <class T, bool VALUES_IN_KEYS>
+void attend_tile(const AttentionArgs& a, const TileOf& tile) {
+    typedef std::conditional_t<VALUES_IN_KEYS, float, T> V;
     const Pages& g = a.pages;
-    const int64_t group = a.q_heads / (g.groups * g.heads);  // query heads of the KV head
-    const int64_t queries = rows * group;
+    const int64_t first_row = tile.first_row, rows = tile.rows, kv_head = tile.kv_head;
+    const int64_t first_head = tile.first_head, group = tile.group, queries = rows * group;
+    const int64_t width = (g.v_dim + LANES - 1) / LANES * LANES, v_from = g.dim - g.v_dim;
+    const int64_t value_room = VALUES_IN_KEYS ? CHUNK * width : 0;
     const int32_t* table =
         g.table + (a.table_row[first_row] * g.groups + kv_head / g.heads) * g.blocks;
     const int64_t k_page = g.dim * PAGE, v_page = PAGE * g.padded;
@@ -267,19 +300,21 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
     const int64_t path_room = a.words * 64;
     const int64_t bytes = rows * int64_t(sizeof(Row)) + rows * path_room * 4 +
                           queries * int64_t(sizeof(Query) + 2 * sizeof(void*)) +
-                          queries * (CHUNK + g.padded) * 4 + 2 * group * (PAGE * 4 + 8) +
-                          2 * CHUNK * 8 + 64 * 16;
+                          queries * (CHUNK + width) * 4 + 2 * group * (PAGE * 4 + 8) +
+                          2 * CHUNK * 8 + 2 * value_room * 4 + 64 * 16;
     Scratch memory{(char*)scratch(size_t(bytes))};
     Row* row = memory.take<Row>(rows);
     Query* query = memory.take<Query>(queries);
     const float** q_of = memory.take<const float*>(queries);
     float** scores_of = memory.take<float*>(queries);
     float* scores = memory.take<float>(queries * CHUNK);
-    float* outputs = memory.take<float>(queries * g.padded);
+    float* outputs = memory.take<float>(queries * width);
     float* node_scores = memory.take<float>(group * PAGE);
     float** node_scores_of = memory.take<float*>(group);
-    const T** values = memory.take<const T*>(CHUNK);
-    const T** tree_values = memory.take<const T*>(CHUNK);
+    const V** values = memory.take<const V*>(CHUNK);
+    const V** tree_values = memory.take<const V*>(CHUNK);
+    float* copied = memory.take<float>(value_room);  // values out of keys, if they lie there
+    float* tree_copied = memory.take<float>(value_room);
     int32_t* paths = memory.take<int32_t>(rows * path_room);
 
     int64_t end = 0;
@@ -301,12 +336,12 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
     }
     for (int64_t i = 0; i < queries; i++) {
         Query& it = query[i];
-        it.q = a.q + (first_row + i / group) * a.q_stride + (kv_head * group + i % group) * g.dim;
+        it.q = a.q + (first_row + i / group) * a.q_stride + (first_head + i % group) * g.dim;
         it.scores = scores + i * CHUNK;
-        it.o = outputs + i * g.padded;
+        it.o = outputs + i * width;
         it.m = -INFINITY;
         it.l = 0.0f;
-        for (int64_t d = 0; d < g.padded; d += LANES) store(it.o + d, zero());
+        for (int64_t d = 0; d < width; d += LANES) store(it.o + d, zero());
     }
     for (int64_t i = 0; i < group; i++) node_scores_of[i] = node_scores + i * PAGE;
 
@@ -340,10 +375,17 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
                 __atomic_store_n(a.missing, 1 + first_row * g.blocks + block, __ATOMIC_RELAXED);
                 return;
             }
+            const T* k = k_head + page * g.heads * k_page;
             const T* v = v_head + page * g.heads * v_page;
-            for (int i = 0; i < PAGE; i++) values[j * PAGE + i] = v + i * g.padded;
+            if constexpr (VALUES_IN_KEYS) {
+                values_of_page(k, v_from, g.v_dim, width, copied + j * PAGE * width);
+                for (int i = j * PAGE; i < (j + 1) * PAGE; i++) values[i] = copied + i * width;
+                v = k;
+            } else {
+                for (int i = 0; i < PAGE; i++) values[j * PAGE + i] = v + i * g.padded;
+            }
             const int64_t next = block + CHUNK_PAGES < g.blocks ? table[block + CHUNK_PAGES] : -1;
-            pages.k[count] = k_head + page * g.heads * k_page;
+            pages.k[count] = k;
             pages.v[count] = v;
             pages.next_k[count] =
                 k_head + (next >= 0 && next < g.pages ? next : page) * g.heads * k_page;
@@ -358,13 +400,13 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
                 r++;
                 continue;
             }
-            const T* const* v = values;
+            const V* const* v = values;
             int64_t same = 1;  // rows that see the same keys and can share the loads of values
             if (it.tree) {
                 // path nodes: score the pages they lie in, take the lane of each node
                 for (int i = 0; i < CHUNK; i++) tree_values[i] = values[i];
                 int64_t scored = -1;
-                const T* node_v = nullptr;
+                const T *node_k = nullptr, *node_v = nullptr;
                 for (uint64_t bits = it.tree; bits; bits &= bits - 1) {
                     const int at = __builtin_ctzll(bits);
                     const int64_t slot = it.path[start + at - it.path_from];
@@ -377,7 +419,7 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
                             return;
                         }
                         KeyPages<T> nodes;
-                        nodes.k[0] = k_head + page * g.heads * k_page;
+                        nodes.k[0] = node_k = k_head + page * g.heads * k_page;
                         nodes.lane[0] = 0;
                         for (int64_t i = 0; i < group; i++) q_of[i] = query[r * group + i].q;
                         for (int64_t i = 0; i < group; i += QUERIES)
@@ -388,7 +430,13 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
                     }
                     for (int64_t i = 0; i < group; i++)
                         query[r * group + i].scores[at] = node_scores_of[i][slot % PAGE];
-                    tree_values[at] = node_v + slot % PAGE * g.padded;
+                    if constexpr (VALUES_IN_KEYS) {
+                        float* copy = tree_copied + at * width;
+                        value_of_key(node_k + slot % PAGE, v_from, g.v_dim, width, copy);
+                        tree_values[at] = copy;
+                    } else {
+                        tree_values[at] = node_v + slot % PAGE * g.padded;
+                    }
                 }
                 v = tree_values;
             } else {
@@ -404,7 +452,7 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
                     these[j] = &query[i + j];
                     weigh(query[i + j], visible, a.scale, a.softcap);
                 }
-                add_values_queries<T>(these, n, v, visible, g.padded);
+                add_values_queries<V>(these, n, v, visible, width);
             }
             r += same;
         }
@@ -412,37 +460,50 @@ void attend_tile(const AttentionArgs& a, int64_t first_row, int64_t rows, int64_
 
     for (int64_t i = 0; i < queries; i++) {
         const Query& it = query[i];
-        const int64_t index = (first_row + i / group) * a.q_heads + kv_head * group + i % group;
-        float* out = a.out + index * g.dim;
+        const int64_t index = (first_row + i / group) * a.q_heads + first_head + i % group;
+        float* out = a.out + index * g.v_dim;
         const bool empty = it.l == 0.0f;
-        for (int64_t d = 0; d < g.dim; d += LANES) {
-            const int n = g.dim - d < LANES ? int(g.dim - d) : LANES;
+        for (int64_t d = 0; d < g.v_dim; d += LANES) {
+            const int n = g.v_dim - d < LANES ? int(g.v_dim - d) : LANES;
             store_first(out + d, empty ? zero() : load(it.o + d) / splat(it.l), n);
         }
         if (a.lse) a.lse[index] = empty ? -INFINITY : float(double(it.m) + std::log(double(it.l)));
     }
 }
 
-template <class T>
+template <class T, bool VALUES_IN_KEYS>
 void attention_of(const AttentionArgs& a) {
-    const int64_t kv_heads = a.pages.groups * a.pages.heads;
+    const int64_t kv_heads = a.pages.groups * a.pages.heads, group = a.q_heads / kv_heads;
+    // threads that would idle share the query heads of a KV head
+    int64_t parts = 1;
+    while (kv_heads * a.tiles * parts < num_threads() && group >= 2 * parts * QUERIES) parts *= 2;
     // all tiles of a head after each other: their keys stay in the second-level cache
-    parallel(kv_heads * a.tiles, 1, a.work, [&](int64_t begin, int64_t end) {
+    parallel(kv_heads * a.tiles * parts, 1, a.work, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; item++) {
-            const int64_t head = item / a.tiles, tile = item % a.tiles;
-            const int64_t first = a.tile_start[tile];
-            attend_tile<T>(a, first, a.tile_start[tile + 1] - first, head);
+            const int64_t head = item / (a.tiles * parts), part = item % parts;
+            const int64_t* rows = a.tile_start + item / parts % a.tiles;
+            const int64_t from = group * part / parts, to = group * (part + 1) / parts;
+            attend_tile<T, VALUES_IN_KEYS>(
+                a, {rows[0], rows[1] - rows[0], head, head * group + from, to - from});
         }
     });
+}
+
+template <class T>
+void attention_in(const AttentionArgs& a) {
+    if (a.pages.padded == 0)
+        attention_of<T, true>(a);
+    else
+        attention_of<T, false>(a);
 }
 
 }  // namespace
 
 void attention(const AttentionArgs& a) {
     if (a.pages.bf16)
-        attention_of<bf16>(a);
+        attention_in<bf16>(a);
     else
-        attention_of<float>(a);
+        attention_in<float>(a);
 }
 
 }  // namespace HASTEN_LEVEL

@@ -128,16 +128,19 @@ void linear_of(const LinearArgs& a) {
     const int64_t k_block = one_pass ? a.k : K_BLOCK;
     const int64_t panel_stride = a.k * LANES;
     const bool widen_block = sizeof(W) == 2 && row_tiles >= WIDEN_FOR;
-    const W* weights = (const W*)a.w;
     // a range of at least 64 KiB of weights, so that threads rarely meet at the counter
     const int64_t group_bytes = group * panel_stride * int64_t(sizeof(W));
     const int64_t grain = group_bytes ? 1 + (64 << 10) / group_bytes : 1;
 
-    parallel(groups, grain, a.rows * a.k * a.n, [&](int64_t begin, int64_t end) {
+    const int64_t work = a.parts * a.rows * a.k * a.n;
+    parallel(a.parts * groups, grain, work, [&](int64_t begin, int64_t end) {
         float* wide = nullptr;
         if (widen_block) wide = (float*)scratch(size_t(group * K_BLOCK * LANES) * sizeof(float));
-        for (int64_t g = begin; g < end; g++) {
-            const int64_t panel = g * group;
+        for (int64_t item = begin; item < end; item++) {
+            const int64_t part = item / groups, panel = item % groups * group;
+            const W* weights = (const W*)a.w + part * panels * panel_stride;
+            const float* x = a.x + part * a.x_part;
+            float* out = a.out + part * a.out_part;
             const int count = int(panels - panel < group ? panels - panel : group);
             const int64_t column = panel * LANES;
             const int64_t columns = a.n - column < count * LANES ? a.n - column : count * LANES;
@@ -156,15 +159,15 @@ void linear_of(const LinearArgs& a) {
                 t.k = steps;
                 t.out_stride = a.out_stride;
                 t.columns = int(columns);
-                t.bias = last && a.bias ? a.bias + column : nullptr;
+                t.bias = last && a.bias ? a.bias + part * a.n + column : nullptr;
                 t.first = k == 0;
                 t.stream = one_pass;
                 for (int64_t i = 0; i < row_tiles; i++) {
                     // row tiles of nearly equal size
                     const int64_t row = a.rows * i / row_tiles;
                     const int rows = int(a.rows * (i + 1) / row_tiles - row);
-                    t.x = a.x + row * a.x_stride + k;
-                    t.out = a.out + row * a.out_stride + column;
+                    t.x = x + row * a.x_stride + k;
+                    t.out = out + row * a.out_stride + column;
                     (wide ? TILES<float>.at : TILES<W>.at)[rows][count](t);
                 }
                 if (a.k == 0) break;

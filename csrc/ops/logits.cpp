@@ -90,10 +90,34 @@ void row_max_lse(const MaxLseArgs& a) {
     __builtin_free(sums);
 }
 
+namespace {
+
+// Takes the experts of all but the best groups out of the choice, by a negative probability. A
+// group is as good as its best expert.
+void keep_groups(const RouteArgs& a, float* p, float* best) {
+    const int64_t size = a.experts / a.groups;
+    for (int64_t g = 0; g < a.groups; g++) {
+        best[g] = p[g * size];
+        for (int64_t e = 1; e < size; e++)
+            if (p[g * size + e] > best[g]) best[g] = p[g * size + e];
+    }
+    for (int64_t t = 0; t < a.top_groups; t++) {
+        int64_t top = 0;
+        while (best[top] < 0.0f) top++;  // already chosen
+        for (int64_t g = top + 1; g < a.groups; g++)
+            if (best[g] > best[top]) top = g;
+        best[top] = -1.0f;
+    }
+    for (int64_t e = 0; e < a.experts; e++)
+        if (!(best[e / size] < 0.0f)) p[e] = -1.0f;
+}
+
+}  // namespace
+
 void route(const RouteArgs& a) {
     const int64_t padded = (a.experts + LANES - 1) / LANES * LANES;
     parallel(a.rows, 8, a.rows * a.experts * (8 + a.top), [&](int64_t begin, int64_t end) {
-        float* p = (float*)scratch(size_t(padded) * sizeof(float));
+        float* p = (float*)scratch(size_t(padded + a.groups) * sizeof(float));
         for (int64_t row = begin; row < end; row++) {
             const float* x = a.x + row * a.x_stride;
             const float shift = block_max(x, 0, a.experts).value;
@@ -106,12 +130,13 @@ void route(const RouteArgs& a) {
                 total = total + v;
             }
             const float norm = sum(total);
+            if (a.top_groups < a.groups) keep_groups(a, p, p + padded);
             int32_t* ids = a.ids + row * a.top;
             float* weights = a.weights + row * a.top;
             float chosen = 0.0f;
             for (int64_t t = 0; t < a.top; t++) {
                 int64_t best = 0;
-                while (p[best] < 0.0f) best++;  // already chosen
+                while (p[best] < 0.0f) best++;  // already chosen, or of another group
                 for (int64_t e = best + 1; e < a.experts; e++)
                     if (p[e] > p[best]) best = e;
                 ids[t] = int32_t(best);

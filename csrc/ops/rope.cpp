@@ -15,7 +15,7 @@ template <class T>
 void append_of(const AppendArgs& a) {
     const Pages& g = a.pages;
     const int64_t kv_heads = g.groups * g.heads;
-    const int64_t work = a.rows * (a.q_heads + 3 * kv_heads) * g.dim;
+    const int64_t work = a.rows * ((a.q_heads + 2 * kv_heads) * g.dim + kv_heads * g.v_dim);
     parallel(a.rows, 1, work, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const float* c = a.cos + a.positions[row] * a.half;
@@ -40,9 +40,9 @@ void append_of(const AppendArgs& a) {
                 }
                 for (int64_t j = 2 * a.half; j < g.dim; j++) narrow(k[j], &to[j * PAGE]);
                 T* row_to = (T*)g.v + (index * PAGE + at) * g.padded;
-                const float* v = a.v + row * a.v_stride + h * g.dim;
-                for (int64_t j = 0; j < g.dim; j++) narrow(v[j], &row_to[j]);
-                for (int64_t j = g.dim; j < g.padded; j++) row_to[j] = T(0);
+                const float* v = a.v + row * a.v_stride + h * g.v_dim;
+                for (int64_t j = 0; j < g.v_dim; j++) narrow(v[j], &row_to[j]);
+                for (int64_t j = g.v_dim; j < g.padded; j++) row_to[j] = T(0);
             }
         }
     });

@@ -22,8 +22,8 @@ def test_layers_with_equal_windows_share_a_group() -> None:
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_bytes_are_those_of_the_tensors(dtype: torch.dtype, size: int) -> None:
     groups = (LayerGroup((0, 2, 3)), LayerGroup((1,), window=9, sinks=2, head_groups=3))
-    layout = KVLayout(6, 20, groups, dtype)
-    assert layout.padded_head_dim == 32
+    layout = KVLayout(6, 20, 20, groups, dtype)
+    assert layout.stored_value_dim == 32
     assert layout.page_bytes(0) == 3 * 6 * PAGE_SIZE * (20 + 32) * size
     assert layout.page_bytes(1) == 1 * 2 * PAGE_SIZE * (20 + 32) * size
     assert layout.block_bytes() == layout.page_bytes(0) + 3 * layout.page_bytes(1)
@@ -34,7 +34,7 @@ def test_bytes_are_those_of_the_tensors(dtype: torch.dtype, size: int) -> None:
 
 
 def test_storage_of_a_layer_is_a_view_into_its_group() -> None:
-    layout = KVLayout(6, 20, (LayerGroup((0, 2)), LayerGroup((1,), head_groups=3)))
+    layout = KVLayout(6, 20, 20, (LayerGroup((0, 2)), LayerGroup((1,), head_groups=3)))
     storage = KVStorage(layout, [5, 7])
     k, v, group = storage.layer(2)
     assert group == 0 and k.shape == (5, 6, 20, PAGE_SIZE) and v.shape == (5, 6, PAGE_SIZE, 32)
@@ -47,11 +47,28 @@ def test_storage_of_a_layer_is_a_view_into_its_group() -> None:
 
 
 def test_page_multiples_need_no_padding() -> None:
-    assert [KVLayout(1, d, ()).padded_head_dim for d in (1, 16, 17, 64)] == [16, 16, 32, 64]
+    assert [KVLayout(1, 4, d, ()).stored_value_dim for d in (1, 16, 17, 64)] == [16, 16, 32, 64]
+
+
+def test_keys_and_values_may_differ_in_size() -> None:
+    layout = KVLayout(3, 20, 33, (LayerGroup((0, 1)),))
+    assert layout.block_bytes() == 2 * 3 * PAGE_SIZE * (20 + 48) * 4
+    k, v, _ = KVStorage(layout, [5]).layer(1)
+    assert k.shape == (5, 3, 20, PAGE_SIZE) and v.shape == (5, 3, PAGE_SIZE, 48)
+
+
+def test_values_in_keys_take_no_memory() -> None:
+    layout = KVLayout(1, 20, 15, (LayerGroup((0, 1)),), torch.bfloat16, values_in_keys=True)
+    assert layout.block_bytes() == 2 * PAGE_SIZE * 20 * 2
+    storage = KVStorage(layout, [5])
+    assert storage.k[0].nbytes == 5 * layout.block_bytes() and storage.v[0].nbytes == 0
+    assert storage.layer(1)[1].shape == (5, 1, PAGE_SIZE, 0)
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"float32 or bfloat16, not torch\.float16"):
-        KVLayout(2, 8, (), torch.float16)
+        KVLayout(2, 8, 8, (), torch.float16)
     with pytest.raises(ValueError, match="4 KV heads cannot be split into 3 equal head groups"):
-        KVLayout(4, 8, (LayerGroup((0,), head_groups=3),))
+        KVLayout(4, 8, 8, (LayerGroup((0,), head_groups=3),))
+    with pytest.raises(ValueError, match="keys of 8 dimensions cannot hold values of 9"):
+        KVLayout(1, 8, 9, (), values_in_keys=True)

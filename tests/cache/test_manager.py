@@ -29,7 +29,7 @@ SINKS = LayerGroup((2,), window=9, sinks=18, head_groups=4)
 
 
 def manager(*groups: LayerGroup, blocks: int = 13, streams: int = 4, longest: int = 200) -> Any:
-    return CacheManager(KVLayout(4, 8, groups or (FULL,)), blocks, streams, longest)
+    return CacheManager(KVLayout(4, 8, 8, groups or (FULL,)), blocks, streams, longest)
 
 
 def text(length: int, seed: int = 0) -> list[int]:

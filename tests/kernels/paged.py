@@ -12,7 +12,11 @@ PAGE = 16
 
 
 class Cache:
-    """Pages with shuffled ids, and tables whose blocks get a page when something is written."""
+    """Pages with shuffled ids, and tables whose blocks get a page when something is written.
+
+    Values have ``value_dim`` dimensions (None: those of a key), or are the last so many dimensions
+    of the keys if ``in_keys``.
+    """
 
     def __init__(
         self,
@@ -22,8 +26,11 @@ class Cache:
         dim: int,
         groups: int = 1,
         dtype: torch.dtype = torch.float32,
+        value_dim: int | None = None,
+        in_keys: bool = False,
     ) -> None:
-        heads, padded = kv_heads // groups, -(-dim // PAGE) * PAGE
+        self.value_dim = dim if value_dim is None else value_dim
+        heads, padded = kv_heads // groups, 0 if in_keys else -(-self.value_dim // PAGE) * PAGE
         pages = tables * blocks * groups + 3
         self.k = torch.full((pages, heads, dim, PAGE), torch.nan, dtype=dtype)
         self.v = torch.full((pages, heads, PAGE, padded), torch.nan, dtype=dtype)
@@ -42,12 +49,23 @@ class Cache:
         return int(self.table[table, group, slot // PAGE]), head % self.heads
 
     def write(self, table: int, slot: int, k: Tensor, v: Tensor) -> None:
-        """k and v are [KV heads, D]."""
+        """k is [KV heads, D], v [KV heads, Dv]."""
         self.reserve(table, slot)
         for head in range(len(k)):
             to = self.at(table, slot, head)
             self.k[to][:, slot % PAGE] = k[head].to(self.k.dtype)
-            self.v[to][slot % PAGE, : self.dim] = v[head].to(self.v.dtype)
+            if self.v.shape[3]:
+                self.v[to][slot % PAGE, : self.value_dim] = v[head].to(self.v.dtype)
+
+    def with_value_pages(self) -> Cache:
+        """The same cache, its values copied out of the keys to pages of their own."""
+        tables, groups, blocks = self.table.shape
+        twin = Cache(tables, blocks, self.heads * groups, self.dim, groups, self.k.dtype)
+        twin.k, twin.table, twin.value_dim = self.k, self.table, self.value_dim
+        padded = -(-self.value_dim // PAGE) * PAGE
+        twin.v = torch.full((*self.k.shape[:2], PAGE, padded), torch.nan, dtype=self.k.dtype)
+        twin.v[..., : self.value_dim] = self.k[:, :, -self.value_dim :].transpose(2, 3)
+        return twin
 
 
 @dataclass

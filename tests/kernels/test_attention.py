@@ -24,31 +24,38 @@ def python_seed(seed: int) -> None:
     random.seed(seed)
 
 
-def new_keys(heads: int, dim: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(heads, dim), torch.randn(heads, dim)
+def new_keys(heads: int, dim: int, value_dim: int | None = None) -> tuple[Tensor, Tensor]:
+    return torch.randn(heads, dim), torch.randn(heads, value_dim or dim)
 
 
 def ragged_mix(
-    kv_heads: int, dim: int, groups: int, dtype: torch.dtype, nodes: int = 90
+    kv_heads: int,
+    dim: int,
+    groups: int,
+    dtype: torch.dtype,
+    nodes: int = 90,
+    value_dim: int | None = None,
+    in_keys: bool = False,
 ) -> tuple[Cache, Rows]:
     """A one-token query, a short chunk, a long chunk, two trees; unread slots hold NaN."""
-    cache = Cache(5, 16, kv_heads, dim, groups, dtype)
+    cache = Cache(5, 16, kv_heads, dim, groups, dtype, value_dim, in_keys)
+    dims = kv_heads, dim, cache.value_dim
     rows = Rows()
     for slot in range(131):  # one token after 130
-        cache.write(0, slot, *new_keys(kv_heads, dim))
+        cache.write(0, slot, *new_keys(*dims))
     rows.add(0, 130, 130, 131)
     for slot in range(75):  # a chunk of 5 that crosses a page
-        cache.write(1, slot, *new_keys(kv_heads, dim))
+        cache.write(1, slot, *new_keys(*dims))
     for position in range(62, 67):
         rows.add(1, position, position, position + 1)
     for slot in range(70):  # a prompt from its start
-        cache.write(2, slot, *new_keys(kv_heads, dim))
+        cache.write(2, slot, *new_keys(*dims))
         rows.add(2, slot, slot, slot + 1)
     # trees: one after 57 positions (its paths cross a chunk), one from the very first token
     for table, root, size in ((3, 57, nodes), (4, 0, 20)):
         parent = random_tree(size)
         for slot in range(root + size):
-            cache.write(table, slot, *new_keys(kv_heads, dim))
+            cache.write(table, slot, *new_keys(*dims))
         for node, path in enumerate(paths(parent)):
             bits = sum(1 << (ancestor - 1) for ancestor in path)
             rows.add(table, root + len(path), root + node, root + 1, bits)
@@ -73,6 +80,7 @@ def attend(
     if index is not None:
         q = q[index]
     settings = {"window": None, "sinks": 0, "softcap": None, **kwargs}
+    settings["value_dim"] = cache.value_dim
     result = paged_attention(
         q, cache.k, cache.v, cache.table, *rows.tensors(index), scale, return_lse=True, **settings
     )
@@ -80,21 +88,26 @@ def attend(
 
 
 SHAPES = [
-    # query heads, KV heads, dim, head groups
-    (4, 2, 64, 1),
-    (6, 2, 20, 2),
-    (3, 3, 33, 3),
-    (8, 1, 16, 1),
-    (4, 4, 128, 2),
-    (20, 1, 48, 1),  # more query heads than a tile
+    # query heads, KV heads, dim, head groups, dim of a value, values in keys
+    (4, 2, 64, 1, 64, False),
+    (6, 2, 20, 2, 20, False),
+    (3, 3, 33, 3, 33, False),
+    (8, 1, 16, 1, 16, False),
+    (4, 4, 128, 2, 128, False),
+    (20, 1, 48, 1, 48, False),  # more query heads than a tile
+    (6, 2, 20, 2, 35, False),
+    (4, 2, 48, 1, 7, False),
+    (20, 1, 42, 1, 32, True),
+    (6, 2, 21, 2, 18, True),
+    (3, 1, 33, 1, 33, True),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_reference(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    q_heads, kv_heads, dim, groups = shape
-    cache, rows = ragged_mix(kv_heads, dim, groups, dtype)
+def test_matches_reference(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype) -> None:
+    q_heads, kv_heads, dim, groups, value_dim, in_keys = shape
+    cache, rows = ragged_mix(kv_heads, dim, groups, dtype, value_dim=value_dim, in_keys=in_keys)
     q = torch.randn(len(rows), q_heads, dim)
     some = torch.randperm(len(rows))[:25]  # the reference is slow
     for window, sinks, softcap in random.sample(SETTINGS, 2):
@@ -106,16 +119,18 @@ def test_matches_reference(shape: tuple[int, int, int, int], dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("shape", [(6, 2, 20, 2), (2, 2, 64, 1)])
+@pytest.mark.parametrize(
+    "shape", [(6, 2, 20, 2, 20, False), (2, 2, 64, 1, 37, False), (18, 1, 26, 1, 20, True)]
+)
 def test_rows_are_independent(
-    shape: tuple[int, int, int, int], setting: tuple[int | None, int, float | None]
+    shape: tuple[int, int, int, int, int, bool], setting: tuple[int | None, int, float | None]
 ) -> None:
     """The same bits alone, in any batch and order, with any threads and instruction set."""
-    q_heads, kv_heads, dim, groups = shape
+    q_heads, kv_heads, dim, groups, value_dim, in_keys = shape
     window, sinks, softcap = setting
     kwargs = {"window": window, "sinks": sinks, "softcap": softcap}
     dtype = random.choice([torch.float32, torch.bfloat16])
-    cache, rows = ragged_mix(kv_heads, dim, groups, dtype)
+    cache, rows = ragged_mix(kv_heads, dim, groups, dtype, value_dim=value_dim, in_keys=in_keys)
     q = torch.randn(len(rows), q_heads, dim)
     alone = [attend(cache, rows, q, torch.tensor([i]), **kwargs) for i in range(len(rows))]
     expected = torch.cat([a[0] for a in alone]), torch.cat([a[1] for a in alone])
@@ -128,6 +143,25 @@ def test_rows_are_independent(
                 assert_same_bits(got, want[index], machine)
         for got, want in zip(attend(cache, rows, q, **kwargs), expected, strict=True):
             assert_same_bits(got, want, machine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[-1]])
+def test_values_in_keys_have_the_bits_of_values_in_pages(
+    shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype
+) -> None:
+    """Committed keys, tree nodes, windows: where a value is read from changes nothing."""
+    q_heads, kv_heads, dim, groups, value_dim, in_keys = shape
+    cache, rows = ragged_mix(kv_heads, dim, groups, dtype, value_dim=value_dim, in_keys=in_keys)
+    twin = cache.with_value_pages()
+    q = torch.randn(len(rows), q_heads, dim)
+    for window, sinks, softcap in SETTINGS:
+        kwargs = {"window": window, "sinks": sinks, "softcap": softcap}
+        _native.set_isa(FAST)
+        expected = attend(twin, rows, q, **kwargs)
+        for machine in machines(threads=(2,)):
+            for got, want in zip(attend(cache, rows, q, **kwargs), expected, strict=True):
+                assert_same_bits(got, want, f"{machine} {kwargs}")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -296,6 +330,9 @@ def test_refuses_what_does_not_fit() -> None:
     refuse(TypeError, "v_pages is bfloat16, not float32", v_pages=cache.v.bfloat16())
     refuse(TypeError, "k_pages is float16", k_pages=cache.k.half(), v_pages=cache.v.half())
     refuse(ValueError, "v_pages has shape", v_pages=cache.v[..., :8].contiguous())
+    refuse(ValueError, "v_pages has shape", value_dim=17)
+    nothing = cache.v[..., :0].contiguous()
+    refuse(ValueError, "cannot hold values of 17", v_pages=nothing, value_dim=17)
     refuse(ValueError, "k_pages is not contiguous", k_pages=cache.k.transpose(0, 1))
     refuse(TypeError, "table is int64", table=cache.table.long())
     refuse(TypeError, "positions is int64", positions=positions.long())

@@ -7,7 +7,14 @@ import torch
 
 from hasten import _native
 from hasten.kernels.embedding import embed
-from hasten.kernels.linear import PackedWeight, linear, pack, unpack
+from hasten.kernels.linear import (
+    PackedWeight,
+    linear,
+    linear_grouped,
+    pack,
+    pack_grouped,
+    unpack,
+)
 from hasten.kernels.linear.ref import linear_in_order
 
 from .common import (
@@ -130,6 +137,46 @@ def test_linear_refuses_what_does_not_fit() -> None:
         pack(torch.zeros(4, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match="two dimensions"):
         pack(torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 37, 20), (16, 48, 129), (1, 5, 7), (5, 130, 1)])
+@pytest.mark.parametrize("rows", [0, 1, 7, 40])
+def test_grouped_linear_is_one_linear_a_group(
+    shape: tuple[int, int, int], rows: int, dtype: torch.dtype
+) -> None:
+    groups, n, k = shape
+    weights, wide = torch.randn(shape).to(dtype), torch.randn(rows, groups, k + 9)
+    w, x = pack_grouped(weights), wide[..., 4:-5]
+    assert (w.n, w.k, w.size) == (n, k, weights.numel())
+    out = torch.full((rows, groups, n + 6), 7.0)
+    assert linear_grouped(x, w, out[..., 2:-4]).data_ptr() == out[..., 2:-4].data_ptr()
+    expected = torch.stack([linear(x[:, g], pack(weights[g])) for g in range(groups)], 1)
+    assert_same_bits(out[..., 2:-4], expected)
+    assert (out[..., :2] == 7).all() and (out[..., -4:] == 7).all()
+    reference = linear_grouped(x.double(), pack_grouped(weights, impl="ref"), impl="ref")
+    assert (expected - reference).abs().max().item() < 1e-4 if rows else reference.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_linear_rows_are_independent(dtype: torch.dtype) -> None:
+    w, x = pack_grouped(torch.randn(6, 70, 150).to(dtype)), torch.randn(70, 6, 150)
+    assert_rows_independent(lambda index: linear_grouped(x[index], w), len(x))
+
+
+def test_grouped_linear_refuses_what_does_not_fit() -> None:
+    w, x = pack_grouped(torch.randn(3, 20, 30)), torch.randn(4, 3, 30)
+    for bad in (x[:, :2], x[..., :29], x[0]):
+        with pytest.raises(ValueError, match="x has shape"):
+            linear_grouped(bad, w, torch.empty(4, 3, 20))
+    with pytest.raises(ValueError, match="out has shape"):
+        linear_grouped(x, w, torch.empty(4, 3, 21))
+    with pytest.raises(ValueError, match="x is not contiguous"):
+        linear_grouped(x.transpose(0, 2).contiguous().transpose(0, 2), w)
+    with pytest.raises(ValueError, match="w has shape"):
+        linear_grouped(x, pack(torch.randn(20, 30)))
+    with pytest.raises(TypeError, match="w is float16"):
+        linear_grouped(x, PackedWeight(w.data.half(), 20, 30))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,7 +29,16 @@ def tables(positions: int, half: int) -> tuple[Tensor, Tensor]:
 class Case:
     """Random rows of three sequences; ``run`` appends some of them to a fresh cache."""
 
-    def __init__(self, q_heads: int, kv_heads: int, dim: int, half: int, groups: int) -> None:
+    def __init__(
+        self,
+        q_heads: int,
+        kv_heads: int,
+        dim: int,
+        half: int,
+        groups: int,
+        value_dim: int | None = None,
+    ) -> None:
+        value_dim = dim if value_dim is None else value_dim
         self.shape = kv_heads, dim, groups
         self.cos, self.sin = tables(120, half)
         places = random.sample([(t, s) for t in range(3) for s in range(60)], 70)
@@ -37,8 +46,8 @@ class Case:
         self.slots = torch.tensor([s for _, s in places], dtype=torch.int32)
         self.positions = torch.randint(0, 120, (70,), dtype=torch.int32)
         self.q = torch.randn(70, q_heads, dim)
-        self.k, self.v = torch.randn(70, kv_heads, dim), torch.randn(70, kv_heads, dim)
-        self.cache = Cache(3, 4, kv_heads, dim, groups)
+        self.k, self.v = torch.randn(70, kv_heads, dim), torch.randn(70, kv_heads, value_dim)
+        self.cache = Cache(3, 4, kv_heads, dim, groups, value_dim=value_dim)
         for t, s in places:
             self.cache.reserve(t, s)
 
@@ -55,8 +64,10 @@ class Case:
 
 
 SHAPES = [
-    # query heads, KV heads, dim, half of the rotated dimensions, head groups
+    # query heads, KV heads, dim, half of the rotated dimensions, head groups, dim of a value
     (4, 2, 64, 32, 1),
+    (4, 2, 20, 7, 2, 35),
+    (5, 1, 26, 3, 1, 0),  # none is stored: values lie in the keys
     (6, 2, 20, 10, 2),
     (3, 3, 33, 8, 3),  # a part of an odd head is rotated
     (2, 1, 16, 0, 1),  # nothing is
@@ -173,22 +184,31 @@ def test_append_refuses_what_does_not_fit() -> None:
     refuse(ValueError, "rotates 18 of 16 dimensions", cos=wide, sin=wide)
     refuse(TypeError, "slots is int64, not int32", slots=case.slots.long())
     refuse(ValueError, "v_pages has shape", v_pages=case.cache.v[:-1].contiguous())
+    refuse(ValueError, "v_pages has shape", v=torch.randn(70, 2, 17))
+    nothing = case.cache.v[..., :0].contiguous()
+    refuse(ValueError, r"v has shape \[70, 2, 16\], not \[70, 2, 0\]", v_pages=nothing)
     refuse(ValueError, "3 tables", table_row=case.table_row + 3)
 
 
 # ------------------------------------------------------------------ moves
 
-STORAGE = [(3, 2, 20, torch.float32), (2, 1, 64, torch.bfloat16)]  # layers, heads, dim, dtype
+STORAGE = [
+    # layers, heads, dim, dtype, stored dimensions of a value
+    (3, 2, 20, torch.float32, 32),
+    (2, 1, 64, torch.bfloat16, 64),
+    (2, 1, 24, torch.bfloat16, 0),  # values lie in the keys
+]
 
 
-def storage(layers: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    padded = -(-dim // PAGE) * PAGE
+def storage(
+    layers: int, heads: int, dim: int, dtype: torch.dtype, padded: int
+) -> tuple[Tensor, Tensor]:
     k = torch.randn(layers, 24, heads, dim, PAGE).to(dtype)
     return k, torch.randn(layers, 24, heads, PAGE, padded).to(dtype)
 
 
 @pytest.mark.parametrize("shape", STORAGE)
-def test_copy_pages_matches_reference(shape: tuple[int, int, int, torch.dtype]) -> None:
+def test_copy_pages_matches_reference(shape: tuple[int, int, int, torch.dtype, int]) -> None:
     k, v = storage(*shape)
     # chains on purpose: the order given is the order of the copies
     src, dst = torch.randint(0, 24, (9,)), torch.randint(0, 24, (9,))
@@ -220,7 +240,7 @@ def test_copy_pages_checks_before_it_writes(bad: int, impl: str) -> None:
 @pytest.mark.parametrize("shape", STORAGE)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_move_slots_matches_reference(
-    shape: tuple[int, int, int, torch.dtype], groups: int
+    shape: tuple[int, int, int, torch.dtype, int], groups: int
 ) -> None:
     k, v = storage(*shape)
     table = torch.randperm(24)[: 2 * groups * 4].view(2, groups, 4).int()

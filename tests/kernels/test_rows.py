@@ -226,10 +226,38 @@ def test_route_breaks_ties_by_the_lower_id() -> None:
         assert route(x, 4, True, impl=impl)[0].tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize(
+    ("experts", "groups", "top_groups", "k"),
+    [(8, 4, 2, 3), (33, 3, 1, 11), (160, 8, 3, 6), (6, 6, 2, 2), (12, 3, 3, 5)],
+)
+def test_route_within_the_best_groups(experts: int, groups: int, top_groups: int, k: int) -> None:
+    x = torch.randn(50, experts) * 3
+    ids, weights = route(x, k, False, groups, top_groups)
+    expected_ids, expected = route(x.double(), k, False, groups, top_groups, impl="ref")
+    assert ids.tolist() == expected_ids.tolist()
+    assert_close(weights, expected, 1e-6)
+    for row, chosen in zip(x.softmax(1), ids.tolist(), strict=True):  # said in another way
+        best = row.view(groups, -1).max(1).values.topk(top_groups).indices.tolist()
+        open_to_choice = [e for e in range(experts) if e // (experts // groups) in best]
+        assert chosen == sorted(open_to_choice, key=lambda e: -row[e])[:k]
+
+
+def test_route_breaks_ties_of_groups_by_the_lower_group() -> None:
+    x = torch.tensor([[1.0, 3.0, 0.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    for impl in ("cpu", "ref"):
+        assert route(x, 3, True, 3, 2, impl=impl)[0].tolist() == [[1, 3, 0], [0, 1, 2]]
+        with pytest.raises(ValueError, match="4 experts in the chosen groups"):
+            route(x, 5, True, 3, 2, impl=impl)
+        for groups, top_groups in ((4, 2), (3, 4), (3, 0), (0, 0)):
+            with pytest.raises(ValueError, match=f"choose {top_groups} of {groups} equal groups"):
+                route(x, 1, True, groups, top_groups, impl=impl)
+
+
 def test_route_rows_are_independent() -> None:
     x = torch.randn(70, 60)
-    assert_rows_independent(lambda i: route(x[i], 8, True)[1], 70)
-    assert_rows_independent(lambda i: route(x[i], 8, True)[0], 70)
+    for choice in ((8, True), (8, False, 6, 2)):
+        assert_rows_independent(lambda i, c=choice: route(x[i], *c)[1], 70)
+        assert_rows_independent(lambda i, c=choice: route(x[i], *c)[0], 70)
 
 
 @pytest.mark.parametrize("k", [0, 9, -1])

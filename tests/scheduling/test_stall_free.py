@@ -21,7 +21,7 @@ class House:
     def __init__(
         self, blocks: int = 13, streams: int = 6, chunk: int = 0, budget: int = 20, **group: Any
     ) -> None:
-        layout = KVLayout(2, 8, (LayerGroup((0,), **group),))
+        layout = KVLayout(2, 8, 8, (LayerGroup((0,), **group),))
         self.cache = CacheManager(layout, blocks, streams, blocks * 16)
         self.policy = StallFree(chunk)
         self.budget = budget

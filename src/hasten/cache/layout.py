@@ -41,14 +41,29 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """Shape of one runner's cache: which layers share tables, and what a page holds."""
+    """Shape of one runner's cache: which layers share tables, and what a page holds.
+
+    Attributes:
+        num_kv_heads: keys of a position and layer.
+        key_dim: size of a key.
+        value_dim: size of a value.
+        groups: the layers.
+        values_in_keys: a value is the last ``value_dim`` dimensions of its key and is not stored
+            again (latent attention).
+    """
 
     num_kv_heads: int
-    head_dim: int
+    key_dim: int
+    value_dim: int
     groups: tuple[LayerGroup, ...]
     dtype: torch.dtype = torch.float32
+    values_in_keys: bool = False
 
     def __post_init__(self) -> None:
+        if self.values_in_keys and self.value_dim > self.key_dim:
+            raise ValueError(
+                f"keys of {self.key_dim} dimensions cannot hold values of {self.value_dim}"
+            )
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"keys and values are float32 or bfloat16, not {self.dtype}")
         for group in self.groups:
@@ -59,15 +74,15 @@ class KVLayout:
                 )
 
     @property
-    def padded_head_dim(self) -> int:
-        """Head size of a stored value row: rounded up so that kernels need no tail."""
-        return -(-self.head_dim // PAGE_SIZE) * PAGE_SIZE
+    def stored_value_dim(self) -> int:
+        """Size of a stored value row: rounded up so that kernels need no tail, or 0."""
+        return 0 if self.values_in_keys else -(-self.value_dim // PAGE_SIZE) * PAGE_SIZE
 
     def page_bytes(self, group: int) -> int:
         """Bytes that one page id of a layer group stands for: all its layers, keys and values."""
         g = self.groups[group]
         heads = self.num_kv_heads // g.head_groups
-        elements = heads * PAGE_SIZE * (self.head_dim + self.padded_head_dim)
+        elements = heads * PAGE_SIZE * (self.key_dim + self.stored_value_dim)
         return len(g.layers) * elements * self.dtype.itemsize
 
     def block_bytes(self) -> int:
@@ -82,14 +97,17 @@ def uniform_layout(
     windows: Sequence[int | None],
     dtype: torch.dtype = torch.float32,
 ) -> KVLayout:
-    """Group the layers of a model by their sliding window (None = full attention)."""
+    """Group the layers of a model by their sliding window (None = full attention).
+
+    Keys and values are of one size, ``head_dim``.
+    """
     if len(windows) != num_layers:
         raise ValueError(f"{num_layers} layers need as many windows, got {len(windows)}")
     by_window: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):
         by_window.setdefault(window, []).append(layer)
     groups = tuple(LayerGroup(tuple(layers), window) for window, layers in by_window.items())
-    return KVLayout(num_kv_heads, head_dim, groups, dtype)
+    return KVLayout(num_kv_heads, head_dim, head_dim, groups, dtype)
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -104,9 +122,10 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 class KVStorage:
     """The page tensors of one runner.
 
-    For each layer group ``k[g]`` is [layers, pages, heads, head_dim, PAGE_SIZE] (dimension-major)
-    and ``v[g]`` is [layers, pages, heads, PAGE_SIZE, padded_head_dim] (row-major, the padding
-    zero). ``layer(i)`` gives the views and the group of one layer.
+    For each layer group ``k[g]`` is [layers, pages, heads, key_dim, PAGE_SIZE] (dimension-major)
+    and ``v[g]`` is [layers, pages, heads, PAGE_SIZE, stored_value_dim] (row-major, the padding
+    zero; without elements where values lie in the keys). ``layer(i)`` gives the views and the
+    group of one layer.
     """
 
     def __init__(self, layout: KVLayout, num_pages: Sequence[int]) -> None:
@@ -118,8 +137,8 @@ class KVStorage:
         for index, (group, pages) in enumerate(zip(layout.groups, num_pages, strict=True)):
             heads = layout.num_kv_heads // group.head_groups
             lead = (len(group.layers), pages, heads)
-            k = _untouched_zeros((*lead, layout.head_dim, PAGE_SIZE), layout.dtype)
-            v = _untouched_zeros((*lead, PAGE_SIZE, layout.padded_head_dim), layout.dtype)
+            k = _untouched_zeros((*lead, layout.key_dim, PAGE_SIZE), layout.dtype)
+            v = _untouched_zeros((*lead, PAGE_SIZE, layout.stored_value_dim), layout.dtype)
             self.k.append(k)
             self.v.append(v)
             for i, layer in enumerate(group.layers):

@@ -60,6 +60,7 @@ class PagedKV:
             group.window,
             group.sinks,
             softcap,
+            value_dim=self.storage.layout.value_dim,
         )
         assert isinstance(out, Tensor)  # alone, as no log-sum-exp was asked for
         return out.flatten(1)

@@ -22,6 +22,7 @@ def paged_attention(
     sinks: int = 0,
     softcap: float | None = None,
     return_lse: bool = False,
+    value_dim: int | None = None,
     *,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,15 +45,17 @@ def paged_attention(
     Args:
         q: float32 [R, Hq, D]; rows may be strided. Query head i uses KV head i // (Hq / Hkv).
         k_pages: float32 or bfloat16 [N, Hkv / G, D, 16].
-        v_pages: [N, Hkv / G, 16, Dp], Dp = D rounded up to a multiple of 16.
+        v_pages: [N, Hkv / G, 16, Dp], Dp = Dv rounded up to a multiple of 16; or with Dp = 0,
+            which says that a value is the last Dv dimensions of its key (after the rotation).
         table: int32 [T, G, B], page id of each block for each of G head groups. KV head h uses
             group h // (Hkv / G).
         table_row, positions, base: int32 [R].
         mask: uint64 [R, W], W may be 0.
         window: positions that a row sees, its own included; None = all.
         softcap: None = none.
+        value_dim: Dv; None = D.
 
-    Returns the output, float32 [R, Hq, D], and with ``return_lse`` also the natural log of the sum
+    Returns the output, float32 [R, Hq, Dv], and with ``return_lse`` also the natural log of the sum
     of exponentials, float32 [R, Hq]. A row that sees nothing gives 0 and -inf.
     Raises TypeError or ValueError for other types, shapes or missing pages.
     """
@@ -71,6 +74,7 @@ def paged_attention(
         sinks,
         softcap,
         return_lse,
+        q.shape[2] if value_dim is None else value_dim,
     )
     if lse is None:
         return out

@@ -22,12 +22,13 @@ def paged_attention(
     sinks: int,
     softcap: float | None,
     return_lse: bool,
+    value_dim: int,
 ) -> tuple[Tensor, Tensor | None]:
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the row itself, not {window} positions")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"the soft cap must be positive, not {softcap}")
-    out = torch.empty(q.shape)
+    out = torch.empty((*q.shape[:2], value_dim))
     lse = torch.empty(q.shape[:2]) if return_lse else None
     _native.paged_attention(
         q,

@@ -33,9 +33,9 @@ def visible_keys(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, at: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """One query [D] over keys [n, D] at ascending positions: the fixed chunk rule."""
+    """One query [D] over keys [n, D] and values [n, Dv] at ascending positions: the chunk rule."""
     m, total = q.new_tensor(-math.inf), q.new_tensor(0.0)
-    o = torch.zeros_like(q)
+    o = q.new_zeros(v.shape[1])
     for chunk in (at // CHUNK).unique_consecutive():
         inside = at // CHUNK == chunk
         score = scale * (k[inside] @ q)
@@ -67,11 +67,12 @@ def paged_attention(
     sinks: int,
     softcap: float | None,
     return_lse: bool,
+    value_dim: int,
 ) -> tuple[Tensor, Tensor | None]:
-    rows, q_heads, dim = q.shape
+    rows, q_heads, _ = q.shape
     groups, heads = table.shape[1], k_pages.shape[1]
     shared = q_heads // (groups * heads)
-    out = torch.empty_like(q)
+    out = q.new_empty(rows, q_heads, value_dim)
     lse = q.new_empty(rows, q_heads)
     for row in range(rows):
         at, slots = visible_keys(int(positions[row]), int(base[row]), mask[row], window, sinks)
@@ -80,7 +81,10 @@ def paged_attention(
             if ((page < 0) | (page >= len(k_pages))).any():
                 raise ValueError(f"row {row} reads a block that holds no valid page")
             k = k_pages[page, head % heads, :, slots % PAGE].to(q.dtype)
-            v = v_pages[page, head % heads, slots % PAGE, :dim].to(q.dtype)
+            if v_pages.shape[3]:
+                v = v_pages[page, head % heads, slots % PAGE, :value_dim].to(q.dtype)
+            else:
+                v = k[:, k.shape[1] - value_dim :]
             for i in range(head * shared, (head + 1) * shared):
                 out[row, i], lse[row, i] = attend(q[row, i], k, v, at, scale, softcap)
     return out, lse if return_lse else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hasten.kernels.dispatch import choose
 from hasten.kernels.linear import cpu, ref
 from hasten.kernels.linear.packed import PANEL, PackedWeight
 
-__all__ = ["PANEL", "PackedWeight", "linear", "pack", "unpack"]
+__all__ = ["PANEL", "PackedWeight", "linear", "linear_grouped", "pack", "pack_grouped", "unpack"]
 
 
 def pack(weight: Tensor, *, impl: str | None = None) -> PackedWeight:
@@ -19,6 +20,12 @@ def pack(weight: Tensor, *, impl: str | None = None) -> PackedWeight:
     other shapes.
     """
     return cpu.pack(weight) if choose(impl, weight) == "cpu" else ref.pack(weight)
+
+
+def pack_grouped(weights: Tensor, *, impl: str | None = None) -> PackedWeight:
+    """Bring a weight for each of G groups, [G, N, K] as in `pack`, into panels."""
+    run = cpu.pack if choose(impl, weights) == "cpu" else ref.pack
+    return PackedWeight(torch.stack([run(weight).data for weight in weights]), *weights.shape[1:])
 
 
 def unpack(w: PackedWeight, *, impl: str | None = None) -> Tensor:
@@ -45,3 +52,17 @@ def linear(
     if choose(impl, x) == "cpu":
         return cpu.linear(x, w, bias, out)
     return ref.linear(x, w, bias, out)
+
+
+def linear_grouped(
+    x: Tensor, w: PackedWeight, out: Tensor | None = None, *, impl: str | None = None
+) -> Tensor:
+    """``y[r, g] = x[r, g] @ weight[g].T`` for the groups (heads) of a row.
+
+    ``x`` is float32 [R, G, K], ``w`` comes from `pack_grouped`, the result is float32 [R, G, N],
+    written to ``out`` if given; rows and groups of both may be strided. Each output is computed as
+    in `linear`. Raises TypeError or ValueError for other types or shapes.
+    """
+    if choose(impl, x) == "cpu":
+        return cpu.linear_grouped(x, w, out)
+    return ref.linear_grouped(x, w, out)

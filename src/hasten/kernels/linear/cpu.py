@@ -31,3 +31,10 @@ def linear(
         out = torch.empty((x.shape[0], w.n))
     _native.linear(x, w.data, w.n, bias, out)
     return out
+
+
+def linear_grouped(x: Tensor, w: PackedWeight, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = torch.empty((*x.shape[:2], w.n))
+    _native.linear_grouped(x, w.data, w.n, out)
+    return out

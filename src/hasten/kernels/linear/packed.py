@@ -17,7 +17,8 @@ class PackedWeight:
 
     ``data`` is [ceil(n / 16), k, 16], float32 or bfloat16: ``data[p, i, j]`` is the weight of
     output ``16 p + j`` for input ``i``; outputs beyond ``n`` are zero. So the kernel reads memory
-    from front to back, one vector a step.
+    from front to back, one vector a step. Weights of several groups lie one after the other,
+    ``data`` [groups, ceil(n / 16), k, 16].
     """
 
     data: Tensor
@@ -27,6 +28,12 @@ class PackedWeight:
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
+
+    @property
+    def size(self) -> int:
+        """Numbers in the weight, without the padding of its last panels."""
+        groups = self.data.shape[0] if self.data.dim() == 4 else 1
+        return groups * self.n * self.k
 
     @property
     def nbytes(self) -> int:

@@ -41,3 +41,9 @@ def linear_in_order(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> T
     for k in range(w.k):
         acc = (x[:, k, None].double() * weight[None, :, k] + acc.double()).float()
     return acc if bias is None else acc + bias
+
+
+def linear_grouped(x: Tensor, w: PackedWeight, out: Tensor | None = None) -> Tensor:
+    parts = [PackedWeight(data, w.n, w.k) for data in w.data]
+    y = torch.stack([linear(x[:, g], part) for g, part in enumerate(parts)], 1)
+    return y if out is None else out.copy_(y)

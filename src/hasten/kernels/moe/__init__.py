@@ -9,15 +9,22 @@ from hasten.kernels.moe import cpu, ref
 
 
 def route(
-    router_logits: Tensor, k: int, normalize: bool, *, impl: str | None = None
+    router_logits: Tensor,
+    k: int,
+    normalize: bool,
+    groups: int = 1,
+    top_groups: int = 1,
+    *,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` most probable experts of each row and their weights.
 
     ``router_logits`` is float32 [R, E]. Returns (ids int32 [R, k], weights float32 [R, k]), by
     probability descending, ties to the lower id. The weights are softmax probabilities over all
-    experts, with ``normalize`` divided by the sum of the chosen ones. Raises ValueError unless
-    1 <= k <= E.
+    experts, with ``normalize`` divided by the sum of the chosen ones. Only experts of the
+    ``top_groups`` best of ``groups`` equal runs of experts can be chosen; a group is as good as its
+    best expert, ties to the lower group. Raises ValueError unless 1 <= k <= the experts that can be
+    chosen.
     """
-    if choose(impl, router_logits) == "cpu":
-        return cpu.route(router_logits, k, normalize)
-    return ref.route(router_logits, k, normalize)
+    run = cpu.route if choose(impl, router_logits) == "cpu" else ref.route
+    return run(router_logits, k, normalize, groups, top_groups)

@@ -31,7 +31,9 @@ def append(
 
     Args:
         q: float32 [R, Hq, D], changed in place; rows may be strided (as in all of q, k, v).
-        k, v: float32 [R, Hkv, D], only read.
+        k: float32 [R, Hkv, D], only read.
+        v: float32 [R, Hkv, Dv], only read. Dv = 0, here and in ``v_pages``, where the values are
+            dimensions of the keys and nothing else is to be stored.
         cos, sin: float32 [max position, rot / 2].
         positions: int32 [R], rows of cos and sin.
         slots: int32 [R], where the row goes: page ``table[table_row, group, slot // 16]``, offset
@@ -39,7 +41,7 @@ def append(
         table_row: int32 [R].
         table: int32 [T, G, B], page ids for each of G head groups.
         k_pages: [N, Hkv / G, D, 16], float32 or bfloat16 (rounded to nearest even).
-        v_pages: [N, Hkv / G, 16, Dp], of the same type, Dp = D rounded up to a multiple of 16.
+        v_pages: [N, Hkv / G, 16, Dp], of the same type, Dp = Dv rounded up to a multiple of 16.
 
     Raises TypeError or ValueError for other types, shapes, positions beyond cos, slots beyond the
     table and missing pages, before anything is written.

@@ -29,7 +29,7 @@ def append(
     k_pages: Tensor,
     v_pages: Tensor,
 ) -> None:
-    heads, dim = k_pages.shape[1], k_pages.shape[2]
+    heads, dim = k_pages.shape[1], v.shape[2]
     at = positions.long()
     if ((at < 0) | (at >= len(cos))).any():
         raise ValueError(f"a position of {at.tolist()} is outside of cos with {len(cos)} rows")
