@@ -44,7 +44,7 @@ class Driver:
             for pages_ in self.storage.k:
                 pages_.fill_(1e4)
             for pages_ in self.storage.v:
-                pages_[..., : layout.head_dim].fill_(1e4)
+                pages_[..., : layout.value_dim].fill_(1e4)
 
     def hidden(self, segments: Sequence[Segment], **options: object) -> tuple[Batch, Hidden]:
         batch = Batch.build(segments, self.tables)

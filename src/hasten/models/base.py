@@ -21,6 +21,7 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.linear import PackedWeight
+from hasten.kernels.rms_norm import rms_norm
 from hasten.models.facts import Facts
 from hasten.models.layers import Rope, RopeFacts, rope_facts
 
@@ -81,10 +82,12 @@ def common_facts(
     norm_eps: float = 1e-6,
     head_dim: int | None = None,
     tied: bool = False,
+    partial_rotary: bool = False,
 ) -> dict[str, Any]:
     """The fields of `ModelConfig` that all architectures spell alike; windows are left open.
 
-    The keywords are what the architecture assumes where config.json is silent.
+    The keywords are what the architecture assumes where config.json is silent; with
+    ``partial_rotary`` it heeds ``partial_rotary_factor``.
     """
     heads = facts.count("num_attention_heads", most=MAX_HEADS)
     kv_heads = facts.count("num_key_value_heads", heads, most=MAX_HEADS)
@@ -104,7 +107,7 @@ def common_facts(
         "head_dim": head_dim,
         "max_positions": facts.count("max_position_embeddings", 2048),
         "norm_eps": facts.number("rms_norm_eps", norm_eps),
-        "rope": rope_facts(facts, head_dim, rope_theta),
+        "rope": rope_facts(facts, head_dim, rope_theta, partial=partial_rotary),
         "tied": facts.flag("tie_word_embeddings", tied),
         "eos_ids": facts.token_ids("eos_token_id"),
         "bos_id": bos_ids[0] if bos_ids else None,
@@ -153,9 +156,10 @@ class KV(Protocol):
         scale: float,
         softcap: float | None = None,
     ) -> Tensor:
-        """Rotate q and k, store k and v, and return what q [R, Hq, D] sees as [R, Hq * D].
+        """Rotate q and k, store k and v, and return what q [R, Hq, D] sees as [R, Hq * Dv].
 
-        k and v are [R, Hkv, D]; q may be overwritten.
+        k is [R, Hkv, D], v [R, Hkv, Dv], or [R, Hkv, 0] where the layout finds values in the
+        keys; q may be overwritten.
         """
 
 
@@ -188,6 +192,8 @@ class Decoder(ABC):
     """A decoder-only language model. Holds weights only, so one instance serves any runner."""
 
     config: ModelConfig
+    norm: Tensor
+    """Weight of the last norm, float32 [H]."""
     sampling_defaults: dict[str, Any]
     """Defaults for sampling from generation_config.json; set by the loader."""
 
@@ -202,6 +208,13 @@ class Decoder(ABC):
         unread = 0 if self.config.tied else self.config.vocab_size * self.config.hidden_size
         return sum(w.nbytes for w in found.values()) - unread * self.config.dtype.itemsize
 
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers in the matrices; norms and biases add less than a thousandth."""
+        found: dict[int, PackedWeight] = {}
+        _collect(self, found)
+        return sum(w.size for w in found.values())
+
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [R] to the residual stream float32 [R, H]."""
@@ -210,9 +223,18 @@ class Decoder(ABC):
     def layer(self, index: int, hidden: Tensor, kv: KV) -> Tensor:
         """One layer: the residual stream [R, H] before it to the one after it."""
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the output matrix reads, and what an embedding of a text is: rows [n, H] of the
+        residual stream to normed rows float32 [n, H].
+
+        An RMS norm by ``self.norm`` here. An architecture that ends with another norm overrides
+        it; ``head`` goes through it either way.
+        """
+        return rms_norm(hidden, self.norm, self.config.norm_eps)
+
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Final norm and output matrix: rows [n, H] to logits float32 [n, V]."""
+        """``final_norm`` and output matrix: rows [n, H] to logits float32 [n, V]."""
 
     def forward(
         self,
@@ -241,3 +263,9 @@ class Decoder(ABC):
         if len(wanted) == len(hidden.rows):
             return self.head(hidden.rows)  # wanted is ascending and unique: all rows
         return self.head(hidden.rows[torch.from_numpy(wanted)])
+
+    def embeddings(self, hidden: Hidden, rows: NDArray[Any]) -> Tensor:
+        """Normed last hidden states float32 [n, H] of some rows: embeddings, not normalised."""
+        if not len(rows):
+            return hidden.rows[:0]
+        return self.final_norm(hidden.rows[torch.from_numpy(rows)])

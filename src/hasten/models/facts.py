@@ -8,6 +8,7 @@ as a `CheckpointError` that names the file and what to do.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Facts:
-    """Typed access to config.json: a wrong or missing value is named, never guessed around."""
+    """Typed access to config.json: a wrong or missing value is named, never guessed around.
 
-    def __init__(self, values: dict[str, Any], path: str | Path) -> None:
+    ``longest`` is the longest sequence that is to run, None = what the checkpoint was made for.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], path: str | Path, longest: int | None = None
+    ) -> None:
         self.values = values
         self.path = path
+        self.longest = longest
 
     def wrong(self, what: str) -> CheckpointError:
         return CheckpointError(what, self.path, "Correct the file, or use another checkpoint.")
@@ -72,10 +79,10 @@ class Facts:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above zero."""
-        value = float(self._get(key, (int, float), "a number", default))
-        if not 0 < value < float("inf"):
-            raise self.wrong(f"{key!r} must be a positive number, found {value}")
-        return value
+        value = self._get(key, (int, float), "a number", default)
+        if not 0 < value <= sys.float_info.max:  # an integer in JSON may be larger than any float
+            raise self.wrong(f"{key!r} must be a positive number, found {value!r:.20}")
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._get(key, (bool,), "true or false", default))

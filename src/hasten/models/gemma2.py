@@ -113,5 +113,5 @@ class Model(Decoder):
         return self.layers[index](hidden, kv)
 
     def head(self, hidden: Tensor) -> Tensor:
-        logits = self.output(rms_norm(hidden, self.norm, self.config.norm_eps))
+        logits = self.output(self.final_norm(hidden))
         return logits if self.logit_cap is None else softcap(logits, self.logit_cap)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hasten.kernels.activation import gated
 from hasten.kernels.linear import PackedWeight, linear, pack
+from hasten.kernels.moe import route
 from hasten.kernels.rms_norm import rms_norm
 from hasten.models.facts import CheckpointError, Facts
 
@@ -58,7 +59,11 @@ class Linear:
 
 
 class GatedMLP:
-    """``down(act(gate(x)) * up(x))`` with gate and up as one matrix."""
+    """``down(act(gate(x)) * up(x))`` with gate and up as one matrix.
+
+    Without ``up``, ``gate`` names a tensor that is stored stacked already: gate, then up (Phi 3).
+    ``ffn_size`` is that of ``config`` unless given (experts are narrower).
+    """
 
     def __init__(
         self,
@@ -66,13 +71,15 @@ class GatedMLP:
         weights: Weights,
         *,
         gate: str,
-        up: str,
+        up: str | None = None,
         down: str,
+        ffn_size: int | None = None,
         activation: str = "silu",
         bias: bool = False,
     ) -> None:
-        hidden, ffn = config.hidden_size, config.ffn_size
-        self.gate_up = Linear.load(weights, {gate: ffn, up: ffn}, hidden, bias)
+        hidden, ffn = config.hidden_size, ffn_size or config.ffn_size
+        outputs = {gate: 2 * ffn} if up is None else {gate: ffn, up: ffn}
+        self.gate_up = Linear.load(weights, outputs, hidden, bias)
         self.down = Linear.load(weights, {down: hidden}, ffn, bias)
         self.activation = activation
 
@@ -80,11 +87,46 @@ class GatedMLP:
         return self.down(gated(self.gate_up(x), self.activation))
 
 
+class Experts:
+    """``sum over chosen e of share(e) * mlp_e(x)``: a mixture of experts behind a linear router.
+
+    Each row goes to its ``chosen`` most probable experts, ties to the lower id; with ``normalize``
+    their probabilities are divided by their sum.
+    """
+
+    def __init__(
+        self, router: Linear, experts: list[GatedMLP], chosen: int, normalize: bool
+    ) -> None:
+        self.router = router
+        self.experts = experts
+        self.chosen = chosen
+        self.normalize = normalize
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ids, shares = route(self.router(x), self.chosen, self.normalize)
+        return mix(x, ids, shares, self.experts)
+
+
+def mix(x: Tensor, ids: Tensor, shares: Tensor, experts: list[GatedMLP]) -> Tensor:
+    """Add up ``shares * expert(x)`` [R, H] over the chosen experts, ids and shares [R, k].
+
+    No row is dropped for capacity, and the outputs are added in ascending order of expert id, so
+    that a row's sum does not depend on the rows beside it.
+    """
+    out = torch.zeros_like(x)
+    for expert in sorted(set(ids.flatten().tolist())):
+        rows, choice = torch.nonzero(ids == expert, as_tuple=True)
+        out[rows] += experts[expert](x[rows]) * shares[rows, choice, None]
+    return out
+
+
 class Attention:
     """Grouped-query attention of one layer, with optional biases and query/key norms.
 
-    ``q_norm`` and ``k_norm`` [D] are root-mean-square norms of each head before the rotation
-    (Qwen 3). ``scale`` multiplies the scores, ``softcap`` bounds them (Gemma 2).
+    Without ``k`` and ``v``, ``q`` names a tensor that is stored stacked already: queries, keys,
+    values (Phi 3). ``q_norm`` and ``k_norm`` are root-mean-square norms before the rotation: [D]
+    over each head (Qwen 3), or as long as the projection, over all its heads together (OLMo 2).
+    ``scale`` multiplies the scores, ``softcap`` bounds them (Gemma 2).
     """
 
     def __init__(
@@ -95,8 +137,8 @@ class Attention:
         rope: Rope,
         *,
         q: str,
-        k: str,
-        v: str,
+        k: str | None = None,
+        v: str | None = None,
         out: str,
         qkv_bias: bool = False,
         out_bias: bool = False,
@@ -112,7 +154,10 @@ class Attention:
         self.qk_heads = config.num_heads + config.num_kv_heads
         self.all_heads = self.qk_heads + config.num_kv_heads
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        outputs = {q: q_size, k: kv_size, v: kv_size}
+        if k is None or v is None:
+            outputs = {q: q_size + 2 * kv_size}
+        else:
+            outputs = {q: q_size, k: kv_size, v: kv_size}
         self.qkv = Linear.load(weights, outputs, config.hidden_size, qkv_bias)
         self.out = Linear.load(weights, {out: config.hidden_size}, q_size, out_bias)
         self.q_norm = q_norm
@@ -127,10 +172,18 @@ class Attention:
         k = heads[:, self.q_heads : self.qk_heads]
         v = heads[:, self.qk_heads :]
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm, self.eps)
-            k = rms_norm(k, self.k_norm, self.eps)
+            q = _normed(q, self.q_norm, self.eps)
+            k = _normed(k, self.k_norm, self.eps)
         seen = kv.attend(self.layer, q, k, v, self.rope, scale=self.scale, softcap=self.softcap)
         return self.out(seen)
+
+
+def _normed(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norm of ``heads`` [R, n, D] in spans of ``weight``: one head, or all n of them."""
+    rows, count, dim = heads.shape
+    size = weight.shape[0]
+    spans = heads.reshape(rows, count * dim // size, size)
+    return rms_norm(spans, weight, eps).view(heads.shape)
 
 
 @dataclass(frozen=True)
@@ -175,20 +228,33 @@ class Rope:
         return tables
 
 
-def rope_facts(facts: Facts, head_dim: int, default_theta: float = 10000.0) -> RopeFacts:
-    """Frequencies from ``rope_parameters`` (transformers 5) or ``rope_theta``/``rope_scaling``."""
+def rope_facts(
+    facts: Facts, head_dim: int, default_theta: float = 10000.0, *, partial: bool = False
+) -> RopeFacts:
+    """Frequencies from ``rope_parameters`` (transformers 5) or ``rope_theta``/``rope_scaling``.
+
+    With ``partial`` the architecture heeds ``partial_rotary_factor``: only that share of a head's
+    dimensions, the first ones, turns.
+    """
     stated = facts.values.get("rope_parameters") or facts.values.get("rope_scaling") or {}
     if not isinstance(stated, dict):
         raise facts.wrong(f"rotary parameters must be an object, found {stated!r}")
     rope = Facts(stated, facts.path)
     kind = stated.get("rope_type") or stated.get("type") or "default"
     theta = rope.number("rope_theta", facts.number("rope_theta", default_theta))
-    if head_dim % 2 or theta <= 1:
+    if partial:
+        key = "partial_rotary_factor"
+        share = rope.number(key, facts.number(key, 1.0))
+        if share > 1:
+            raise facts.wrong(f"{key!r} must not exceed 1, found {share}")
+        head_dim = int(head_dim * share)
+    else:
+        for part in (rope, facts):
+            part.expect("partial_rotary_factor", 1.0)
+    if head_dim < 2 or head_dim % 2 or theta <= 1:
         raise facts.wrong(
             f"rotary embedding needs an even head_dim and theta > 1, not {head_dim}, {theta}"
         )
-    for part in (rope, facts):
-        part.expect("partial_rotary_factor", 1.0)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / theta**exponents
     if kind == "default":
@@ -207,8 +273,10 @@ def rope_facts(facts: Facts, head_dim: int, default_theta: float = 10000.0) -> R
         return _llama3(plain, rope, facts)
     if kind == "yarn":
         return _yarn(plain, rope, facts, head_dim, theta)
+    if kind in ("longrope", "su"):
+        return _longrope(theta**exponents, rope, facts)
     raise CheckpointError(
-        f"rope type {kind!r} is not supported; default, linear, llama3 and yarn are",
+        f"rope type {kind!r} is not supported; default, linear, llama3, longrope and yarn are",
         facts.path,
         "Use another checkpoint.",
     )
@@ -265,3 +333,32 @@ def _yarn(plain: Tensor, rope: Facts, facts: Facts, head_dim: int, theta: float)
     else:
         magnitude = temperature(1.0)
     return _facts(frequencies, rope.number("attention_factor", magnitude))
+
+
+def _longrope(periods: Tensor, rope: Facts, facts: Facts) -> RopeFacts:
+    """LongRoPE (arXiv 2402.13753): a factor for each pair of dimensions, for long texts others.
+
+    Published code changes to the long factors when a text outgrows the original context, which
+    would turn all its earlier keys anew. Here the choice is made once, by the longest sequence
+    that is to run (``Facts.longest``, else ``max_position_embeddings``): texts beyond the original
+    context are computed as published, shorter ones as well if nothing longer is allowed.
+    """
+    stated = facts.values.get("original_max_position_embeddings")  # Phi 3 has it outside
+    context = (rope if stated is None else facts).count("original_max_position_embeddings", least=2)
+    positions = facts.count("max_position_embeddings", 2048)
+    long = (facts.longest or positions) > context
+    factors = _factors(rope, "long_factor" if long else "short_factor", len(periods))
+    growth = rope.number("factor", positions / context)
+    stretch = 1.0 if growth <= 1 else math.sqrt(1 + math.log(growth) / math.log(context))
+    return _facts(1.0 / (factors * periods), rope.number("attention_factor", stretch))
+
+
+def _factors(rope: Facts, key: str, count: int) -> Tensor:
+    values = rope.values.get(key)
+    numbers = values if isinstance(values, list) else []
+    positive = [v for v in numbers if isinstance(v, int | float) and 1e-9 < v < 1e9]
+    if len(positive) != count or len(numbers) != count:
+        raise rope.wrong(
+            f"{key!r} must list {count} positive numbers, one for each pair of dimensions"
+        )
+    return torch.tensor(positive, dtype=torch.float32)

@@ -1,8 +1,4 @@
-"""Mixtral (model_type "mixtral"): arXiv 2401.04088. Mistral with routed experts.
-
-Each row goes to its k best experts, none is dropped for capacity, and their outputs are added in
-ascending order of expert id, so that a row's sum does not depend on the rows beside it.
-"""
+"""Mixtral (model_type "mixtral"): arXiv 2401.04088. Mistral with routed experts."""
 
 from __future__ import annotations
 
@@ -12,11 +8,10 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.embedding import embed
-from hasten.kernels.moe import route
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
 from hasten.models.base import KV, Decoder, ModelConfig, Weights, common_facts, layer_windows
 from hasten.models.facts import Facts
-from hasten.models.layers import Attention, GatedMLP, Linear, Rope, vector
+from hasten.models.layers import Attention, Experts, GatedMLP, Linear, Rope, vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,32 +32,6 @@ def configure(facts: Facts, dtype: torch.dtype) -> Config:
     )
 
 
-class Experts:
-    """``sum over chosen e of weight(e) * mlp_e(x)``, the weights of a row's choice adding to 1."""
-
-    def __init__(self, config: Config, weights: Weights, at: str) -> None:
-        self.chosen = config.experts_per_token
-        self.router = Linear.load(weights, {f"{at}.gate": config.num_experts}, config.hidden_size)
-        self.experts = [
-            GatedMLP(
-                config,
-                weights,
-                gate=f"{at}.experts.{expert}.w1",
-                up=f"{at}.experts.{expert}.w3",
-                down=f"{at}.experts.{expert}.w2",
-            )
-            for expert in range(config.num_experts)
-        ]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        ids, share = route(self.router(x), self.chosen, True)
-        out = torch.zeros_like(x)
-        for expert in sorted(set(ids.flatten().tolist())):
-            rows, choice = torch.nonzero(ids == expert, as_tuple=True)
-            out[rows] += self.experts[expert](x[rows]) * share[rows, choice, None]
-        return out
-
-
 class Layer:
     """Attention, then experts; each reads a normed copy and adds to the stream."""
 
@@ -81,7 +50,19 @@ class Layer:
             out=f"{at}.self_attn.o_proj",
         )
         self.moe_norm = vector(weights, f"{at}.post_attention_layernorm.weight", config.hidden_size)
-        self.moe = Experts(config, weights, f"{at}.block_sparse_moe")
+        moe = f"{at}.block_sparse_moe"
+        experts = [
+            GatedMLP(
+                config,
+                weights,
+                gate=f"{moe}.experts.{expert}.w1",
+                up=f"{moe}.experts.{expert}.w3",
+                down=f"{moe}.experts.{expert}.w2",
+            )
+            for expert in range(config.num_experts)
+        ]
+        router = Linear.load(weights, {f"{moe}.gate": config.num_experts}, config.hidden_size)
+        self.moe = Experts(router, experts, config.experts_per_token, normalize=True)
 
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
@@ -110,4 +91,4 @@ class Model(Decoder):
         return self.layers[index](hidden, kv)
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.output(rms_norm(hidden, self.norm, self.config.norm_eps))
+        return self.output(self.final_norm(hidden))

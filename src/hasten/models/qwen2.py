@@ -76,4 +76,4 @@ class Model(Decoder):
         return self.layers[index](hidden, kv)
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.output(rms_norm(hidden, self.norm, self.config.norm_eps))
+        return self.output(self.final_norm(hidden))
