@@ -51,7 +51,18 @@ def refused(folder: Path, *words: str) -> None:
 
 
 def test_architectures_are_the_files() -> None:
-    assert architectures() == ["gemma2", "llama", "mistral", "mixtral", "qwen2", "qwen3"]
+    expected = [
+        "deepseek_v2",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+    ]
+    assert architectures() == [*expected, "qwen2", "qwen3", "qwen3_moe"]
 
 
 def test_sharded_checkpoint_equals_the_single_file(
@@ -141,7 +152,7 @@ class TestRefusals:
     def test_unknown_architecture(self, folder: Path) -> None:
         for name in ("mamba", "os", "base", "../llama", "llama.Model", "", 7, ["llama"]):
             edit(folder / "config.json", model_type=name)
-            refused(folder, "unknown architecture", "gemma2, llama, mistral")
+            refused(folder, "unknown architecture", "gemma2, gemma3, gemma3_text")
         edit(folder / "config.json", model_type=None)
         refused(folder, "unknown architecture None")
 
@@ -156,6 +167,7 @@ class TestRefusals:
             ("head_dim", 13),
             ("num_key_value_heads", 5),
             ("rms_norm_eps", 0),
+            ("rms_norm_eps", 10**400),
             ("vocab_size", 1.5),
             ("hidden_act", "gelu"),
             ("eos_token_id", "</s>"),
@@ -176,8 +188,10 @@ class TestRefusals:
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         edit(folder / "config.json", rope_parameters=rope)
         refused(folder, "dynamic", "current length", "yarn")
-        edit(folder / "config.json", rope_parameters={"rope_type": "longrope"})
-        refused(folder, "longrope", "llama3")
+        edit(folder / "config.json", rope_parameters={"rope_type": "proportional"})
+        refused(folder, "proportional", "llama3")
+        edit(folder / "config.json", rope_parameters={"partial_rotary_factor": 0.5})
+        refused(folder, "partial_rotary_factor", "1.0 only")
 
     @pytest.mark.parametrize("keep", [4, 40, 5000, -1])
     def test_truncated_weights(self, folder: Path, keep: int) -> None:
@@ -304,15 +318,46 @@ def test_config_without_weights(folder: Path) -> None:
     assert config.kv_layout(torch.bfloat16).block_bytes() > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "runs False only"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "runs None only"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "'full_attention'"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "gelu_pytorch_tanh"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "must list 3 layers"),
+        ("phi3", {"num_key_value_heads": 2}, "does not divide 3 heads"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "'short_factor' must list 15"),
+        ("phi3", {"rope_parameters": {"type": "yarn"}}, "runs 'default' or 'longrope' or 'su'"),
+        ("olmo2", {"hidden_act": "gelu"}, "runs 'silu' only"),
+        ("olmo2", {"num_key_value_heads": 1}, "self_attn.k_norm.weight' has shape"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "must list layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "'decoder_sparse_step' must lie in"),
+        ("qwen3_moe", {"num_experts_per_tok": 8}, "'num_experts_per_tok' must lie in"),
+        ("qwen3_moe", {"num_local_experts": 8}, "mlp.gate.weight' has shape"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "'moe_intermediate_size' is missing"),
+    ],
+)
+def test_architectures_refuse_what_they_do_not_compute(
+    checkpoint: Any, tmp_path: Path, name: str, changes: dict[str, Any], words: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoint(name)[0], tmp_path / "model"))
+    edit(folder / "config.json", **changes)
+    refused(folder, words)
+
+
 def test_windows_of_layers(checkpoint: Callable[[str], tuple[Path, Any]]) -> None:
     windows = {
         name: load_config(checkpoint(name)[0], torch.float32).windows
-        for name in ("qwen2", "mistral", "gemma2")
+        for name in ("qwen2", "mistral", "gemma2", "gemma3_text", "phi3", "phi3-longrope")
     }
     assert windows == {
         "qwen2": (None, 8, 8),
         "mistral": (8, 8, 8),
         "gemma2": (8, None, 8, None),
+        "gemma3_text": (8, 8, None),
+        "phi3": (8, 8, 8),
+        "phi3-longrope": (None, None, None),  # stated, but as long as the longest text
     }
     edited = load_config(checkpoint("gemma2")[0], torch.float32)
     assert [group.window for group in edited.kv_layout().groups] == [8, None]

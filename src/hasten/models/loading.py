@@ -24,15 +24,20 @@ from hasten.decoding.params import SamplingParams
 from hasten.models.base import Decoder, ModelConfig
 from hasten.models.checkpoint import SafetensorsWeights
 from hasten.models.facts import CheckpointError, Facts, read_json
+from hasten.models.gguf.architectures import facts_of, recommended
+from hasten.models.gguf.file import GGUF, is_gguf
+from hasten.models.gguf.places import file_of, parts_of
+from hasten.models.gguf.weights import GGUFWeights
 
 __all__ = ["CheckpointError", "architectures", "load_config", "load_model", "locate"]
 
 log = logging.getLogger(__name__)
 
-PARTS = {"base", "chat_template", "checkpoint", "facts", "layers", "loading", "paged", "tokenizer"}
+PARTS = {"base", "chat_template", "checkpoint", "facts", "gguf", "layers", "loading", "paged"}
+PARTS |= {"tokenizer"}
 """Modules of this package that are not architectures."""
 
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<file>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 # Leftovers that carry no weights of their own.
@@ -46,21 +51,29 @@ def architectures() -> list[str]:
 
 
 def locate(path_or_hub_id: str | Path) -> Path:
-    """The folder of a checkpoint: a path as it is, or ``org/name[@revision]`` from the hub."""
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    match = HUB_ID.fullmatch(str(path_or_hub_id))
-    if folder.exists() or not match:
-        raise CheckpointError(
-            "not a folder" if folder.exists() else "no such folder, and not a hub id",
-            str(path_or_hub_id),
-            "Give the folder that holds config.json, or a hub id such as org/name or "
-            "org/name@revision.",
-        )
-    from huggingface_hub import snapshot_download
+    """The folder or GGUF file of a model: a path, or what the hub has under an id.
 
+    ``org/name[@revision]`` is a checkpoint in the Hugging Face layout, ``org/name:Q4_K_M`` the
+    GGUF file of that quantization. A folder whose weights are one GGUF file stands for that file.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return file_of(path) or path
+    if path.is_file() and is_gguf(path):
+        return path
+    match = HUB_ID.fullmatch(str(path_or_hub_id))
+    if path.exists() or not match:
+        raise CheckpointError(
+            "not a folder" if path.exists() else "no such folder, and not a hub id",
+            str(path_or_hub_id),
+            "Give the folder that holds config.json, a .gguf file, or a hub id such as org/name, "
+            "org/name@revision or org/name:Q4_K_M.",
+        )
     try:
+        if match["file"]:
+            return _gguf_from_hub(match["id"], match["revision"], match["file"])
+        from huggingface_hub import snapshot_download
+
         return Path(
             snapshot_download(
                 match["id"],
@@ -69,6 +82,8 @@ def locate(path_or_hub_id: str | Path) -> Path:
                 ignore_patterns=["*/*", "consolidated*"],
             )
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # offline, gated, no such id or revision: told alike
         detail = str(error).strip().partition("\n")[0]
         raise CheckpointError(
@@ -79,26 +94,50 @@ def locate(path_or_hub_id: str | Path) -> Path:
         ) from error
 
 
+def _gguf_from_hub(name: str, revision: str | None, wanted: str) -> Path:
+    """The first part of one GGUF model of a repository; offline of its downloaded copy."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        folder = Path(snapshot_download(name, revision=revision))
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+    else:
+        files = HfApi().list_repo_files(name, revision=revision)
+    parts = parts_of(files, wanted, name)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=parts)) / parts[0]
+
+
 def load_config(folder: Path, dtype: torch.dtype) -> ModelConfig:
-    """Facts of the model in a folder, without its weights."""
+    """Facts of the model in a folder or GGUF file, without its weights."""
     facts = read_facts(folder)
     return _architecture(facts).configure(facts, dtype)
 
 
 def load_model(
-    path_or_hub_id: str | Path, dtype: torch.dtype | None = None, progress: bool = True
+    path_or_hub_id: str | Path,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    max_length: int | None = None,
 ) -> Decoder:
-    """Read a checkpoint in the Hugging Face layout.
+    """Read a checkpoint in the Hugging Face layout or a GGUF file.
 
     ``dtype`` is that of the matrices: float32, bfloat16, or None for the checkpoint's own
-    (float16 widens to float32). With ``progress`` a bar is drawn if standard error is a terminal.
+    (float16 widens to float32, blocks to bfloat16). With ``progress`` a bar is drawn if standard
+    error is a terminal.
+    ``max_length`` is the longest sequence that will run, None = what the model was made for: a
+    model with LongRoPE is another one within its original context.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"weights are held as float32 or bfloat16, not {dtype}")
     folder = locate(path_or_hub_id)
     facts = read_facts(folder)
+    facts.longest = max_length
     module = _architecture(facts)
-    weights = SafetensorsWeights(folder, dtype or _stated_dtype(facts))
+    weights: GGUFWeights | SafetensorsWeights
+    if is_gguf(folder):
+        weights = GGUFWeights(GGUF(folder), facts, dtype)
+    else:
+        weights = SafetensorsWeights(folder, dtype or _stated_dtype(facts))
     config = module.configure(facts, weights.dtype)
     with _progress(weights, progress) as source:
         model: Decoder = module.Model(config, source)
@@ -115,7 +154,10 @@ def load_model(
 
 
 def read_facts(folder: Path) -> Facts:
-    """config.json, with the end tokens of generation_config.json where it states them."""
+    """config.json, with the end tokens of generation_config.json where it states them; the same
+    from the metadata of a GGUF file."""
+    if is_gguf(folder):
+        return facts_of(GGUF(folder))
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
@@ -128,8 +170,12 @@ def read_facts(folder: Path) -> Facts:
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """Sampling settings that the checkpoint recommends in generation_config.json."""
-    stated = Facts(_generation_config(folder), folder / "generation_config.json")
+    """Sampling settings that the checkpoint recommends: in generation_config.json, or in the
+    metadata of a GGUF file."""
+    if is_gguf(folder):
+        stated = Facts(recommended(GGUF(folder)), folder)
+    else:
+        stated = Facts(_generation_config(folder), folder / "generation_config.json")
     defaults: dict[str, Any] = {}
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         value = stated.values.get(name)
@@ -184,7 +230,7 @@ def _stated_dtype(facts: Facts) -> torch.dtype | None:
 class _Counted:
     """Weights that advance a progress bar."""
 
-    def __init__(self, weights: SafetensorsWeights, advance: Any) -> None:
+    def __init__(self, weights: GGUFWeights | SafetensorsWeights, advance: Any) -> None:
         self.dtype = weights.dtype
         self._weights = weights
         self._advance = advance
@@ -196,7 +242,7 @@ class _Counted:
 
 
 @contextmanager
-def _progress(weights: SafetensorsWeights, wanted: bool) -> Iterator[Any]:
+def _progress(weights: GGUFWeights | SafetensorsWeights, wanted: bool) -> Iterator[Any]:
     if not wanted or not sys.stderr.isatty():
         yield weights
         return

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from hasten.models.facts import CheckpointError, read_json
+from hasten.models.gguf.file import GGUF, is_gguf
+from hasten.models.gguf.tokens import gguf_tokenizer
 
 if TYPE_CHECKING:
     from hasten.models.chat_template import ChatTemplate
@@ -47,8 +49,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json and the chat template of a checkpoint."""
+        """Read tokenizer.json, tokenizer_config.json and the chat template of a checkpoint.
+
+        ``folder`` may also be a GGUF file, whose metadata hold all of that.
+        """
         folder = Path(folder)
+        if is_gguf(folder):
+            return cls(*gguf_tokenizer(GGUF(folder)))
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
         return cls(_core(folder), _special_tokens(folder, config), _templates(folder, config))

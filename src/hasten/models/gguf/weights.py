@@ -1,0 +1,162 @@
+"""The tensors of a GGUF file under the names of the Hugging Face layout."""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hasten.models.facts import CheckpointError, Facts
+from hasten.models.gguf.architectures import Source, architecture_of, source_of
+from hasten.models.gguf.blocks import READABLE, expand
+from hasten.models.gguf.file import GGUF, Kind, Part, Stored
+
+RELEASE_BYTES = 512 << 20  # read so much of a file, then let its pages go
+
+LATENT_UP = ".kv_b_proj.weight"
+UNNEEDED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+"""Read with the metadata, for the rotary embedding."""
+
+
+class Blocks(NamedTuple):
+    """A tensor as stored: rows uint8 [..., bytes of a row], made of blocks of ``kind``."""
+
+    kind: Kind
+    rows: Tensor
+
+
+class GGUFWeights:
+    """The tensors of a file, read through its memory map, one at a time.
+
+    ``get`` gives numbers, ``blocks`` what is stored, both in the order of rows of the layout.
+    ``dtype`` is that of the matrices: where it is left open float32 if all are stored as float32
+    or float16, else bfloat16.
+    """
+
+    def __init__(self, gguf: GGUF, facts: Facts, dtype: torch.dtype | None) -> None:
+        self.gguf = gguf
+        self.unread = set(gguf.tensors) - UNNEEDED
+        self._architecture = architecture_of(gguf)
+        self._heads = facts.count("num_attention_heads")
+        self._kv_heads = facts.count("num_key_value_heads", self._heads)
+        self._bytes = {part: _bytes_of(part) for part in gguf.parts()}
+        self._since_release = 0
+        matrices = {t.kind.name for t in gguf.tensors.values() if len(t.shape) > 1}
+        exact = matrices <= {"F32", "F16"}
+        self.dtype = dtype or (torch.float32 if exact else torch.bfloat16)
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, for the progress bar."""
+        return sum(tensor.nbytes for tensor in self.gguf.tensors.values())
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of that name: plain types as stored, blocks expanded to ``dtype``.
+
+        Vectors are float32 in either case.
+        """
+        if name.endswith(LATENT_UP) and self._is_split(name):
+            return self._latent_up(name, shape)
+        source, (kind, rows) = self._read(name, shape)
+        dtype = self.dtype if len(shape) > 1 else torch.float32
+        values = expand(kind, rows, dtype)
+        if source.shift:
+            values = values.float() - source.shift
+        return values
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
+        """The tensor of that name as stored, for kernels that compute on blocks.
+
+        ``shape`` counts values, as for ``get``. A view of the file where its rows need no
+        reordering; rows themselves are never changed.
+        """
+        return self._read(name, shape)[1]
+
+    def _is_split(self, name: str) -> bool:
+        source = source_of(self._architecture, name, self._heads, self._kv_heads)
+        return source is not None and source.name not in self.gguf.tensors
+
+    def _latent_up(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """DeepSeek's up-projection of keys and values, which newer files hold as two stacked
+        tensors: keys [heads, rank, size], values [heads, size, rank]."""
+        halves = []
+        for stored, across in (("attn_k_b", True), ("attn_v_b", False)):
+            full = f"blk.{name.split('.')[2]}.{stored}.weight"
+            tensor = self.gguf.tensors.get(full)
+            if tensor is None or len(tensor.shape) != 3 or tensor.shape[0] != self._heads:
+                raise self.gguf.wrong(f"tensor {full!r} is missing or not stacked by heads")
+            values = expand(tensor.kind, self._readable(tensor), self.dtype)
+            halves.append(values.transpose(1, 2) if across else values)
+        if halves[0].shape[2] != halves[1].shape[2]:
+            raise self.gguf.wrong(f"the halves of {name!r} differ in rank")
+        whole = torch.cat(halves, 1)
+        if (whole.shape[0] * whole.shape[1], whole.shape[2]) != shape:
+            raise self.gguf.wrong(f"the halves of {name!r} do not make {list(shape)}")
+        return whole.reshape(shape)
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> tuple[Source, Blocks]:
+        source = source_of(self._architecture, name, self._heads, self._kv_heads)
+        tensor = self.gguf.tensors.get(source.name) if source else None
+        if source is None or tensor is None:
+            known = f" (in the file: {source.name!r})" if source else ""
+            raise CheckpointError(
+                f"tensor {name!r}{known} is missing",
+                self.gguf.path,
+                "The file is incomplete or of another architecture; download it again.",
+            )
+        found = tensor.shape if source.expert is None else tensor.shape[1:]
+        if found != shape or (source.expert or 0) >= tensor.shape[0]:
+            raise self.gguf.wrong(
+                f"tensor {source.name!r} has shape {list(tensor.shape)}, expected {list(shape)}"
+                + ("" if source.expert is None else f" for expert {source.expert}")
+            )
+        rows = self._readable(tensor)
+        if source.expert is not None:
+            rows = rows[source.expert]
+        if source.heads is not None:
+            if shape[0] % (2 * source.heads):
+                raise self.gguf.wrong(f"tensor {source.name!r} does not split into its heads")
+            rows = _halves(rows, source.heads, tensor.kind)
+        return source, Blocks(tensor.kind, rows)
+
+    def _readable(self, tensor: Stored) -> Tensor:
+        """uint8 [..., bytes of a row], a view of the map."""
+        if tensor.kind.name not in READABLE:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} has type {tensor.kind.name}; {', '.join(READABLE)} can "
+                "be loaded",
+                self.gguf.path,
+                "Use another quantization of this model, such as Q4_K_M or Q8_0.",
+            )
+        self.unread.discard(tensor.name)
+        self._since_release += tensor.nbytes
+        if self._since_release > RELEASE_BYTES:
+            for part in self._bytes:
+                _release(part)
+            self._since_release = 0
+        span = self._bytes[tensor.part][tensor.offset : tensor.offset + tensor.nbytes]
+        width = tensor.shape[-1] // tensor.kind.values * tensor.kind.bytes
+        return span.view(*tensor.shape[:-1], width)
+
+
+def _halves(rows: Tensor, heads: int, kind: Kind) -> Tensor:
+    """Undo what the converter does to query and key rows of Llama: it interleaves the two halves
+    of each head, so that the pairs that rotate are neighbours. Biases are one row of values."""
+    if rows.dim() == 1:
+        return rows.view(heads, -1, 2, kind.bytes).transpose(1, 2).flatten()
+    return rows.view(heads, -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+
+
+def _bytes_of(part: Part) -> Tensor:
+    """The mapped file as uint8 [size], without a copy. It must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(part.map, dtype=torch.uint8)
+
+
+def _release(part: Part) -> None:
+    """Let the pages that were read go; a tensor that still views them reads them again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        part.map.madvise(mmap.MADV_DONTNEED)
