@@ -69,7 +69,7 @@ class ServeConfig:
     model: str = _setting(
         "reference",
         MODEL,
-        "Folder or hub id in Hugging Face layout, or 'reference', the bundled model.",
+        "Folder or hub id in Hugging Face layout, a GGUF file, or 'reference' (bundled).",
     )
     served_model_name: tuple[str, ...] = _setting(
         (), MODEL, "Name that clients use for the model; may be given several times."
