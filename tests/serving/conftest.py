@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from hasten.serving.app import create_app
 from hasten.serving.config import Effective, ServeConfig
 from hasten.serving.engine_client import EngineClient
 from hasten.serving.protocol import BoundedHead
+from hasten.serving.server import bind
 from hasten.serving.service import Service
 
 SIZES: dict[str, Any] = {"max_sequences": 32, "max_length": 512, "kv_bytes": 48 << 20}
@@ -114,7 +114,7 @@ class Live:
         settings = {"port": 0, **settings}
         self.service = Service(Effective(ServeConfig(**settings), {}), engine)
         self.app = create_app(self.service)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = bind("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(

@@ -14,7 +14,13 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from hasten.bench.serving.http import HttpClient, Response
-from hasten.bench.serving.processes import ServerProcess, free_port, running, serve_command
+from hasten.bench.serving.processes import (
+    ServerProcess,
+    family,
+    free_port,
+    running,
+    serve_command,
+)
 
 SMALL = ("--max-length", "512", "--kv-bytes", "48M", "--max-sequences", "32")
 """Sizes that are quick to clear and soon full."""
@@ -47,8 +53,8 @@ class Live:
         """Samples of /metrics: (name, label values without the model's) -> value."""
         text = (await self.get("/metrics")).body.decode()
         found = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
+        for group in text_string_to_metric_families(text):
+            for sample in group.samples:
                 labels = [v for k, v in sorted(sample.labels.items()) if k != "model_name"]
                 found[sample.name.removeprefix("hasten:"), *labels] = sample.value
         return found
@@ -64,23 +70,9 @@ class Live:
             assert time.monotonic() < until, f"not idle after {seconds} s: {left}"
             await asyncio.sleep(0.02)
 
-    def pids(self) -> list[int]:
-        """The HTTP process and its descendants."""
-        parents = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(fields[1])
-        found = [self.server.process.pid]
-        for pid in found:
-            found += [child for child, parent in parents.items() if parent == pid]
-        return found
-
     def descriptors(self) -> int:
         """Open files of all processes of the server."""
-        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.pids())
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in family(self.server.process.pid))
 
 
 GAUGES = (
@@ -103,18 +95,3 @@ async def live(folder: Path, *arguments: str, model: str = "reference") -> Async
             yield one
         finally:
             one.client.close()
-
-
-async def percentile_of_health(one: Live, until: asyncio.Event, every: float = 0.01) -> list[float]:
-    """Seconds that /health took, again and again, on a connection of its own, sorted."""
-    probe = HttpClient(one.server.base_url)
-    request = probe.encode("GET", "/health")
-    times = []
-    while not until.is_set():
-        asked = time.monotonic()
-        response = await probe.send(request)
-        assert response.status == 200
-        times.append(response.ended - asked)
-        await asyncio.sleep(every)
-    probe.close()
-    return sorted(times)

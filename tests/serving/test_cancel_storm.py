@@ -121,6 +121,7 @@ async def storm(one: Live, count: int, seed: int) -> None:
     for number, request in enumerate(kept):
         alone[number] = (await send(one, request, None, None)).text
     before = await one.idle(2)
+    files = one.descriptors()
     outcomes: Counter[str] = Counter()
     changed = []
     lasted = [0.5]  # seconds of requests that nobody cancelled
@@ -153,6 +154,9 @@ async def storm(one: Live, count: int, seed: int) -> None:
     await asyncio.gather(*work)
     ended = time.monotonic()
     after = await one.idle(1.0)
+    while one.descriptors() > files:
+        assert time.monotonic() < ended + 5, "connections of clients that are gone stay open"
+        await asyncio.sleep(0.05)
     print(f"{dict(outcomes)}, idle after {time.monotonic() - ended:.2f} s")
     assert not changed, changed[0]
     assert outcomes["kept 200"] == sum(v for k, v in outcomes.items() if k.startswith("kept"))

@@ -95,7 +95,9 @@ async def evaluate(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def split(llm: LLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The token ids of both, cut where the harness cuts them."""
+    """The token ids of both, cut where the harness cuts them: before the white space."""
+    bare = context.rstrip()
+    context, continuation = bare, context[len(bare) :] + continuation
     encode = llm.frontend.tokenizer.encode
     whole = encode(context + continuation, add_special_tokens=False)
     head = encode(context, add_special_tokens=False)

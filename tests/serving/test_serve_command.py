@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,3 +178,10 @@ def test_death_and_hang_of_the_engine(command: Command) -> None:
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="no such folder"):
         Command(tmp_path, "/nowhere/model")
+
+
+def test_the_http_side_never_imports_torch() -> None:
+    """It would cost seconds and hundreds of megabytes, and its threads."""
+    code = "import sys, hasten.serving.server, hasten.serving.app; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr

@@ -199,8 +199,11 @@ class ServeConfig:
     max_token_lists: int = _setting(
         4096,
         LIMITS,
-        "Entries of stop_token_ids, and of bad_words; allowed_token_ids may hold the vocabulary.",
+        "Entries of stop_token_ids; allowed_token_ids may hold the vocabulary.",
         least=0,
+    )
+    max_bad_words: int = _setting(
+        256, LIMITS, "Entries of bad_words; each is looked at for each token.", least=0
     )
     max_messages: int = _setting(2048, LIMITS, "Messages of a conversation.", least=1)
     max_json_depth: int = _setting(

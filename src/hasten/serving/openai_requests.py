@@ -237,9 +237,9 @@ def check_caps(request: Generation, config: ServeConfig) -> None:
     cap("stop", len(stop), "max_stop", config.max_stop)
     cap("stop", max(map(len, stop), default=0), "max_stop_chars", config.max_stop_chars)
     cap("logit_bias", len(request.logit_bias or ()), "max_logit_bias", config.max_logit_bias)
-    for name in ("stop_token_ids", "bad_words"):
-        values = getattr(request, name) or ()
-        cap(name, len(values), "max_token_lists", config.max_token_lists)
+    ids, words = request.stop_token_ids or (), request.bad_words or ()
+    cap("stop_token_ids", len(ids), "max_token_lists", config.max_token_lists)
+    cap("bad_words", len(words), "max_bad_words", config.max_bad_words)
     for word in request.bad_words or ():
         cap("bad_words", len(word), "max_stop_chars", config.max_stop_chars)
     if isinstance(request, CompletionRequest):

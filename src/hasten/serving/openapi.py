@@ -291,7 +291,7 @@ def _bound(components: Schema, config: ServeConfig, vocabulary: int | None) -> N
         "truncate_prompt_tokens": {"minimum": -1, "not": {"const": 0}},
         "allowed_token_ids": {"minItems": 1, "items": token},
         "stop_token_ids": {"items": token, "maxItems": config.max_token_lists},
-        "bad_words": {"maxItems": config.max_token_lists},
+        "bad_words": {"maxItems": config.max_bad_words},
         "model": {"enum": list(config.names)},
         "messages": {"minItems": 1, "maxItems": config.max_messages},
         "logit_bias": {

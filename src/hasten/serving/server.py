@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -35,7 +36,7 @@ def run(effective: Effective) -> int:
     config.keys()  # what is wrong is told before anything starts
     if config.request_log is not None:
         open(config.request_log, "ab").close()
-    listener = _bind(config.host, config.port)
+    listener = bind(config.host, config.port)
     # The engine's imports and its model take longest: they start before this process's own.
     engine = EngineClient(
         config.model,
@@ -126,6 +127,8 @@ class _Running:
         except (EngineStopped, ValueError, OSError) as error:
             logger.error("%s", error)
             return 1
+        gc.collect()
+        gc.freeze()  # what is loaded stays: to look through it again would hold the loop up
         self._announce()
         helpers.append(asyncio.create_task(self._status()))
         dead = asyncio.create_task(service.engine.dead.wait())
@@ -203,7 +206,7 @@ class _Running:
                 )
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises OSError with the address in its text."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -211,6 +214,7 @@ def _bind(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         listener.bind(address)
     except OSError as error:
         raise OSError(

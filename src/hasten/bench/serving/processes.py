@@ -54,7 +54,7 @@ class ServerProcess:
 
         Pages that several of them share count for each. Needs /proc.
         """
-        return sum(_rss(pid) for pid in _family(self.process.pid))
+        return sum(_rss(pid) for pid in family(self.process.pid))
 
     def stop(self, patience: float = 10.0) -> None:
         """SIGTERM, and SIGKILL to its whole process group after ``patience`` seconds."""
@@ -132,7 +132,7 @@ def _end(log: Path) -> str:
     return ""
 
 
-def _family(root: int) -> list[int]:
+def family(root: int) -> list[int]:
     """A process and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
