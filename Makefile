@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test install lint types check soak docs clean
+.PHONY: demo test install lint types check soak soak-serve docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hasten run --workload code --limit 8 --max-tokens 64 --show
@@ -22,6 +22,12 @@ test: $(VENV)/.installed-dev
 soak: $(VENV)/.installed-dev
 	HASTEN_EXAMPLES=200 $(BIN)/pytest -s tests/engine/test_randomized.py
 	$(BIN)/pytest -s -m soak tests/engine/test_randomized.py --timeout 7200
+
+# Some 50 minutes: storms, fuzzing and streams at full size, overload, and half an hour of load.
+soak-serve: $(VENV)/.installed-dev
+	$(BIN)/pytest -s -m soak tests/serving --timeout 7200
+	$(BIN)/python benchmarks/serve_overload.py --out benchmarks/serve-overload
+	$(BIN)/python benchmarks/serve_soak.py --out benchmarks/serve-soak
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m hasten.method_tables
