@@ -449,6 +449,9 @@ def sample(
             first, second, *_ = output(request, index)
             counts[first, second] += 1
     assert engine.stats.drafted > samples / 4 if drafts else engine.stats.drafted == 0
+    assert (engine.stats.drafts > 0) == (engine.stats.drafted > 0)
+    assert engine.stats.drafts <= engine.stats.drafted
+    assert engine.stats.drafts <= engine.stats.passes
     return counts
 
 

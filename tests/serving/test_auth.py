@@ -109,6 +109,32 @@ def test_web_pages_cannot_post_without_asking(live: Live) -> None:
         assert answer.status_code == 415
 
 
+def test_names_of_the_internet_are_refused_without_a_key(serve: Callable[..., Live]) -> None:
+    """A page whose name was made to point to this machine is of the server's own origin."""
+
+    def status(live: Live, host: str, path: str = "/v1/models", key: str = "") -> int:
+        headers = {"host": host, **({"authorization": f"Bearer {key}"} if key else {})}
+        return live.http.get(path, headers=headers).status_code
+
+    live = serve(allowed_host=("hasten.example",))
+    for host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000", "10.1.2.3", "app.localhost"):
+        assert status(live, host) == 200
+    assert status(live, "HASTEN.example:80") == 200  # it was named
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.x"):
+        assert status(live, host) == 403
+        assert status(live, host, "/ui/") == 403
+        assert status(live, host, "/health") == 200
+    keyed = serve(api_key=(KEY,))
+    assert status(keyed, "evil.example", key=KEY) == 200
+    assert status(keyed, "evil.example") == 401
+
+
+def test_load_balancers_may_ask_with_head(live: Live) -> None:
+    for path in OPEN:
+        answer = live.http.head(path)
+        assert answer.status_code == 200 and answer.content == b""
+
+
 def test_no_open_address_without_a_key(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1"):
         with pytest.raises(ConfigError, match="--allow-no-key"):

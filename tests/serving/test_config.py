@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from hasten.cli import serve
 from hasten.cli.main import app
+from hasten.cli.serve import PACKAGES
 from hasten.serving.config import ConfigError, ServeConfig, load
+from hasten.serving.server import bind
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -73,6 +76,8 @@ def test_every_setting_has_every_form(name: str, tmp_path: Path) -> None:
         ("port: [", "config file"),
         ("max_num_seqs: 1\nmax_sequences: 2", "set twice"),
         ("api_key: {a: secret-value}", "api_key"),
+        ("api_key: ''", "api_key in .*is empty"),
+        ("hang_seconds: 0", "at least 1"),
     ],
 )
 def test_wrong_files_are_told_in_one_line(text: str, says: str, tmp_path: Path) -> None:
@@ -108,6 +113,7 @@ def test_help_names_every_option() -> None:
         (["--max-model-len", "0"], "max_length"),
         (["--host", "192.0.2.1", "--allow-no-key"], "cannot listen on"),
         (["--request-log", "/nowhere/log"], "/nowhere/log"),
+        (["--api-key", ""], "--api-key: is empty"),
     ],
 )
 def test_command_tells_what_is_wrong(options: list[str], says: str) -> None:
@@ -115,3 +121,24 @@ def test_command_tells_what_is_wrong(options: list[str], says: str) -> None:
     assert result.exit_code == 1
     assert says in result.stderr and "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_missing_packages_are_told_before_anything_starts(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == package else name)
+    result = CliRunner().invoke(app, ["serve"])
+    assert result.exit_code == 1
+    assert package in result.stderr and "pip install 'hasten[serve]'" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told_at_once() -> None:
+    """Also while the server that has it is still loading."""
+    first = bind("127.0.0.1", 0)
+    try:
+        with pytest.raises(OSError, match="in use; choose another --port"):
+            bind("127.0.0.1", first.getsockname()[1])
+    finally:
+        first.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import select
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hasten.serving import bodies
+from hasten.serving import bodies, protocol
 from hasten.serving.bodies import check_bulk, check_depth
 from hasten.serving.errors import ApiError
 from tests.serving.conftest import Command, Live
@@ -178,6 +179,21 @@ def test_caps_name_the_limit_and_its_value(serve: Callable[..., Live]) -> None:
         assert answer.json()["error"]["param"] == field
 
 
+def test_max_tokens_alone_beyond_the_context_is_named(live: Live) -> None:
+    """The prompt is not at fault: nobody should be told to shorten it."""
+    message = {"role": "user", "content": "hi"}
+    for route, rest in (
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 512}),
+        ("/v1/chat/completions", {"messages": [message], "max_completion_tokens": 10**15}),
+    ):
+        error = live.http.post(route, json=rest).json()["error"]
+        assert error["param"] == "max_tokens" and error["code"] == "context_length_exceeded"
+        assert "max_length=512" in error["message"] and "shorten" not in error["message"]
+        most = int(error["message"].rpartition(" ")[2])
+    answer = live.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": most})
+    assert answer.status_code == 200
+
+
 def raw(live: Live, head: bytes, parts: int = 1) -> bytes:
     """What the server says to bytes that no HTTP library would send."""
     with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
@@ -208,6 +224,47 @@ def test_a_head_without_end_is_cut_off(live: Live) -> None:
                 connection.sendall(b"x" * 65536)
                 time.sleep(0.001)
     assert live.http.get("/health").status_code == 200
+
+
+def answered(connection: socket.socket) -> None:
+    """Read one good answer, a JSON object."""
+    got = b""
+    while not got.endswith(b"}"):
+        part = connection.recv(65536)
+        assert part, "closed without an answer"
+        got += part
+    assert got.startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_that_does_not_come_is_cut_off(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at the start of a connection nor byte by byte nor after a first request; what is
+    quiet between two requests, and what waits for its answer, stays."""
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    for begun in (b"", b"GET /health HTTP/1.1\r\nlong: ", whole + whole[:9]):
+        with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
+            began = time.monotonic()
+            connection.sendall(begun)
+            if begun.startswith(whole):
+                answered(connection)
+                connection.sendall(whole[9:10])
+            while select.select([connection], [], [], 0.05)[0] == []:
+                assert time.monotonic() - began < 3
+                if begun:
+                    connection.send(b"x")
+            with contextlib.suppress(ConnectionResetError):  # a byte was on its way
+                assert connection.recv(65536) == b""
+    body = b'{"prompt": "x", "max_tokens": 300, "ignore_eos": true}'
+    post = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    post += b"content-length: %d\r\n\r\n" % len(body) + body + b"\r\n"  # some add a line
+    with socket.create_connection(("127.0.0.1", live.port), timeout=20) as connection:
+        connection.sendall(post)
+        answered(connection)
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as connection:
+        for _ in range(2):
+            connection.sendall(whole)
+            answered(connection)
+            time.sleep(0.5)
 
 
 def test_bulk_check_finds_long_texts_only() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -185,3 +185,37 @@ def test_disconnect_while_waiting(serve: Callable[..., Live], engine_client: Any
         time.sleep(0.01)
     assert live.service.admission.open == live.service.admission.waiting == 0
     assert engine.closed == 1
+
+
+def test_drain_waits_for_what_was_let_in(serve: Callable[..., Live], engine_client: Any) -> None:
+    """A request whose body is still on its way when the shutdown begins is served."""
+    engine = Stuck(engine_client)
+    live = serve(engine)
+    engine.go.set()
+    body = b'{"prompt": "x"}'
+
+    def slowly() -> Iterator[bytes]:
+        yield body[:5]
+        until = time.monotonic() + 5
+        while not live.service.admission.open:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        live.service.draining = True
+        assert live.http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
+        yield body[5:]
+
+    with httpx.Client(base_url=live.url, timeout=10) as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/v1/completions", content=slowly(), headers=headers)
+    assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == "x"
+
+
+def test_a_hang_is_told_after_the_time_that_was_set(
+    serve: Callable[..., Live], engine_client: Any
+) -> None:
+    class Hung(SharedEngine):
+        stalled = 20.0
+
+    assert serve(Hung(engine_client), hang_seconds=30.0).http.get("/ready").status_code == 200
+    answer = serve(Hung(engine_client)).http.get("/ready")
+    assert answer.status_code == 503 and "no progress for 20 seconds" in answer.json()["reason"]

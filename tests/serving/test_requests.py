@@ -62,7 +62,7 @@ def test_other_unsupported_values(live: Live) -> None:
         ({"temperature": -1}, "temperature"),
         ({"top_p": 2}, "top_p"),
         ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 10_000}, "messages"),
+        ({"max_tokens": 10_000}, "max_tokens"),
         ({"min_tokens": 5}, "min_tokens"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
@@ -252,3 +252,11 @@ def test_usage_in_every_chunk(live: Live) -> None:
     chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line and "[DONE]" not in line]
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts) and counts[-1] == 4
+
+
+def test_fields_that_the_template_does_not_read_are_told(live: Live) -> None:
+    answer = live.http.post("/v1/chat/completions", json={**CHAT, "reasoning_effort": "low"})
+    assert answer.status_code == 200
+    assert answer.headers["x-hasten-ignored"] == "reasoning_effort"
+    error = refused(live, "/v1/chat/completions", {**CHAT, "documents": [{"text": "x"}]})
+    assert error["param"] == "documents" and error["code"] == "unsupported"

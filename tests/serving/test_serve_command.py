@@ -171,8 +171,27 @@ def test_death_and_hang_of_the_engine(command: Command) -> None:
 
     asyncio.run(run())
     assert command.process.poll() is None, "it tells probes and clients for some seconds"
+    assert "the engine has stopped: the engine process was ended by SIGKILL" in command.log
     command.signal(signal.SIGTERM)
     assert command.process.wait(10) == 1
+
+
+def test_an_engine_that_hangs_for_good_is_ended(tmp_path: Path) -> None:
+    """Who waits is answered, liveness fails, and the server ends for a supervisor to restart."""
+    command = Command(tmp_path, "--hang-seconds", "1.5", "--hang-limit", "2")
+    try:
+        engine = child(command)
+        os.kill(engine, signal.SIGSTOP)
+        answer = command.http.post("/v1/completions", json={"prompt": "x"}, timeout=15)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_stopped"
+        assert command.http.get("/health").status_code == 503
+        assert "hung for more than hang_limit=2 seconds" in command.log
+        assert gone(engine)
+        command.signal(signal.SIGTERM)
+        assert command.process.wait(10) == 1
+    finally:
+        command.close()
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from dataclasses import Field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -12,6 +13,8 @@ import typer
 
 from hasten.cli import options as o
 from hasten.serving import config as c
+
+PACKAGES = ("fastapi", "uvicorn", "httptools", "msgspec", "prometheus_client")
 
 HELP = """Serve a model over HTTP, as OpenAI's API does.
 
@@ -32,10 +35,11 @@ def serve(**given: Any) -> None:
                 value = given.pop(alias.replace("-", "_"))
                 given[one.name] = value if given[one.name] is None else given[one.name]
         effective = c.load(given, os.environ, file)
-        try:
-            from hasten.serving.server import run
-        except ModuleNotFoundError as error:
-            o.fail(f"{error}; the server needs more packages: pip install 'hasten[serve]'")
+        for package in PACKAGES:
+            if find_spec(package) is None:
+                o.fail(f"the server needs the package {package}: pip install 'hasten[serve]'")
+        from hasten.serving.server import run
+
         raise typer.Exit(run(effective))
 
 

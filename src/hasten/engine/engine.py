@@ -93,6 +93,8 @@ class EngineStats:
     """Forward time of the decode steps."""
     decode_kv_bytes: int = 0
     """Bytes of keys and values that the decode steps read; windows read no more than themselves."""
+    drafts: int = 0
+    """Times a sequence had candidates to verify."""
     drafted: int = 0
     accepted: int = 0
     preemptions: int = 0
@@ -475,6 +477,7 @@ class Engine:
         self.stack["draft"].observe(sequence, tree, path, delta.tokens[-1])
         sequence.figures.drafted += len(tree) - 1
         sequence.figures.accepted += accepted
+        self.stats.drafts += len(tree) > 1
         self.stats.drafted += len(tree) - 1
         self.stats.accepted += accepted
         return path, delta

@@ -185,6 +185,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_condition(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)  # load balancers ask so
     @app.get("/health", tags=["Condition"], response_model=None)
     async def health() -> Response:
         """Alive: 503 only when the engine has stopped."""
@@ -192,6 +193,7 @@ def _add_condition(app: FastAPI, service: Service) -> None:
             return json({"status": "dead", "reason": "the engine has stopped"}, 503)
         return json({"status": "ok"})
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["Condition"], response_model=None)
     async def ready() -> Response:
         """Whether requests should come here: loaded, not shutting down, making progress."""
@@ -200,6 +202,7 @@ def _add_condition(app: FastAPI, service: Service) -> None:
             return json({"ready": False, "reason": reason}, 503)
         return json({"ready": True})
 
+    @app.head("/ping", include_in_schema=False)
     @app.get("/ping", tags=["Condition"], response_model=None)
     async def ping() -> Response:
         """As /health; some platforms ask here."""

@@ -43,6 +43,8 @@ def prepare(service: Service, body: Body) -> Job:
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
     )
+    if request.reasoning_effort is not None and not prompter.takes("reasoning_effort", request):
+        ignored.append("reasoning_effort")  # clients send it to all models
     ids = prompter.fit(
         prompter.conversation(request), "messages", request.truncate_prompt_tokens, max_tokens
     )

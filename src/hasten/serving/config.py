@@ -133,6 +133,12 @@ class ServeConfig:
     allow_no_key: bool = _setting(
         False, NETWORK, "Serve without a key on an address that others can reach."
     )
+    allowed_host: tuple[str, ...] = _setting(
+        (),
+        NETWORK,
+        "Name in the Host header that a server on loopback without a key answers to, beside "
+        "localhost and addresses; may be given several times.",
+    )
     cors_origin: tuple[str, ...] = _setting(
         (),
         NETWORK,
@@ -161,6 +167,21 @@ class ServeConfig:
         "Seconds that running requests have to finish after SIGTERM or Ctrl-C.",
         aliases=("shutdown-timeout",),
         least=0,
+    )
+
+    hang_seconds: float = _setting(
+        8.0,
+        QUEUE,
+        "Seconds without progress of the engine after which /ready says no. More than the longest "
+        "step takes.",
+        least=1,
+    )
+    hang_limit: float = _setting(
+        300.0,
+        QUEUE,
+        "Seconds without progress after which a hung engine is ended: waiting requests get 503, "
+        "/health says dead, and the server exits with status 1.",
+        least=1,
     )
 
     strict: bool = _setting(False, LIMITS, "Refuse requests that have fields nobody knows.")
@@ -390,6 +411,8 @@ def _convert(one: Field[Any], raw: Any, place: str, textual: bool) -> Any:
         items = [items] if isinstance(items, str) else items
         if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
             raise wrong("expected a text or a list of texts")
+        if one.metadata["secret"] and not all(item.strip() for item in items):
+            raise wrong("is empty")  # a variable that was not set must not open the server
         return tuple(item.strip() for item in items if item.strip())
     if get_origin(wanted) is Literal:
         if raw not in get_args(wanted):

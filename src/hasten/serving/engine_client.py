@@ -163,6 +163,11 @@ class EngineClient:
         return self._progress is not None and not self.dead.is_set()
 
     @property
+    def why(self) -> str:
+        """Why the process has ended; empty while it lives."""
+        return self._why
+
+    @property
     def stalled(self) -> float:
         """Seconds since the last proof of progress: a step, or the answer to a ping. Pings are
         sent every second, so that it stays near one second unless a step takes long or hangs."""
@@ -209,11 +214,17 @@ class EngineClient:
             if open_outputs:
                 self._tell(Abort(request_id))
 
+    def kill(self, why: str) -> None:
+        """End a process that does not answer; all who wait for it hear why."""
+        self._why = self._why or why
+        self._process.kill()
+
     async def close(self) -> None:
-        """Stop the process: it ends its step first, or is killed after some seconds."""
+        """Stop the process: it ends its step first, or is killed after some seconds; while it
+        loads there is nothing to wait for."""
         self._why = self._why or "the engine was closed"
         self._tell(Stop())
-        await self._exited(STOP_SECONDS)
+        await self._exited(STOP_SECONDS if self.alive else 0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

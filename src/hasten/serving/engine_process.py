@@ -298,6 +298,7 @@ class EngineServer:
             finished=stats.finished,
             leaked_pages=cache.stats.leaked_pages,
             rss_bytes=self._rss,
+            drafts=stats.drafts,
         )
 
 

@@ -161,8 +161,9 @@ class Exchange(Response):
         receive: Receive,
         send: Send,
     ) -> None:
-        """Run a job while its client is there."""
-        self.service.check_serving()
+        """Run a job while its client is there. It was let in: a drain waits for it."""
+        if self._cut is not None:
+            raise self._cut
         ticket.resize(job.params.n, [len(prompt) for prompt in job.prompts])
         record.stream = job.stream
         record.n = job.params.n
@@ -314,7 +315,9 @@ class Exchange(Response):
     async def _refuse(self, error: ApiError, send: Send) -> tuple[Any, int, str | None]:
         """Send an error, in the stream if there is one; returns how the request ended."""
         status, reason = error.status, error.code or "invalid_request"
-        if self._started:
+        if self._ended:  # cut off while the end of its answer was on the way
+            status = 200
+        elif self._started:
             status = 200
             await self._send_events(send, event(error.body()) + DONE, last=True)
         else:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hmac
+import ipaddress
 import logging
 import secrets
 import time
@@ -15,6 +17,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hasten.serving.config import LOOPBACK
 from hasten.serving.errors import ApiError, internal
 from hasten.serving.events import RequestRecord
 from hasten.serving.exchange import header
@@ -82,7 +85,10 @@ class Gate:
             raise ApiError(431, f"more than max_headers={limit} header lines", code="headers")
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
             raise ApiError(431, f"more than {MAX_HEADER_BYTES} bytes of headers", code="headers")
-        key = None if scope["path"] in OPEN else self._key(scope)
+        key = None
+        if scope["path"] not in OPEN:
+            key = self._key(scope)
+            self._check_host(scope)
         if scope["path"] in GENERATION and scope["method"] == "POST":
             self._service.check_serving()
             self._service.admission.check_room()
@@ -101,6 +107,30 @@ class Gate:
             return found.decode()
         what = "no API key was sent" if given is None else "the API key is wrong"
         raise ApiError(401, f"{what}; send 'Authorization: Bearer KEY'", code="invalid_api_key")
+
+    def _check_host(self, scope: Scope) -> None:
+        """Without a key, and reached from this machine only: refuse names of the Internet.
+
+        A web page can let its own name point to 127.0.0.1 and would then be of the same origin as
+        this server. Addresses and names without a dot cannot be had that way.
+        """
+        config = self._service.config
+        if self._keys or config.host not in LOOPBACK:
+            return
+        name = _host_name(header(scope, b"host") or "")
+        if "." not in name or name.endswith(".localhost"):
+            return
+        if name in map(str.lower, config.allowed_host):
+            return
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(name)
+            return
+        raise ApiError(
+            403,
+            "this server has no API key and answers to localhost and addresses only, not to the "
+            "name in the Host header; set a key, or name the host with --allowed-host",
+            code="host_not_allowed",
+        )
 
     def _note(self, scope: Scope, state: dict[str, Any], error: ApiError) -> None:
         """Count a generation request that was turned away for want of room or of an engine."""
@@ -132,6 +162,12 @@ def offered(scope: Scope) -> bytes | None:
         except (binascii.Error, ValueError):
             return None
     return None
+
+
+def _host_name(host: str) -> str:
+    """A Host header without its port and brackets."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lower()
 
 
 def template(scope: Scope) -> str:

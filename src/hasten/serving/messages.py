@@ -145,6 +145,8 @@ class Snapshot(msgspec.Struct):
     leaked_pages: int
     """Pages that the ledger had to heal; anything but zero is a defect."""
     rss_bytes: int
+    drafts: int = 0
+    """Times a sequence had drafted tokens to verify."""
 
 
 class Step(msgspec.Struct, tag="step"):

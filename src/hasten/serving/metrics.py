@@ -93,6 +93,7 @@ _SNAPSHOT_GAUGES: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
 
 _SNAPSHOT_COUNTERS: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
     "num_preemptions": ("Sequences that had to give their pages back.", lambda s: s.preemptions),
+    "spec_decode_num_drafts": ("Times a sequence had drafted tokens.", lambda s: s.drafts),
     "spec_decode_num_draft_tokens": ("Drafted tokens.", lambda s: s.drafted),
     "spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted.", lambda s: s.accepted),
     "engine_steps": ("Engine steps.", lambda s: s.steps),
@@ -111,7 +112,8 @@ VLLM_NAMES = frozenset(
         *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
         *("num_preemptions", "prompt_tokens", "generation_tokens", "request_success"),
         *("prefix_cache_queries", "prefix_cache_hits"),
-        *("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
+        *("spec_decode_num_drafts", "spec_decode_num_draft_tokens"),
+        "spec_decode_num_accepted_tokens",
     }
 )
 """Ours that vLLM has under the same name and with the same meaning."""

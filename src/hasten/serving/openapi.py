@@ -31,6 +31,7 @@ PROBES = ("/health", "/ready", "/ping")
 _ERRORS = {
     "400": "The request is wrong, above a limit, or asks for what is not supported.",
     "401": "The API key is missing or wrong.",
+    "403": "Without a key this server does not answer to the name in the Host header.",
     "404": "No such model.",
     "408": "The body did not come in time.",
     "413": "The body is larger than max_body_bytes.",
@@ -41,7 +42,7 @@ _ERRORS = {
     "503": "Loading, shutting down, or the engine has stopped.",
 }
 _OF_BODIES = ("400", "404", "408", "413", "415", "429", "500")
-_ALWAYS = ("401", "431", "503")
+_ALWAYS = ("401", "403", "431", "503")
 
 
 def _object(needed: Schema, more: Schema | None = None) -> Schema:

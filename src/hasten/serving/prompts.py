@@ -124,6 +124,14 @@ class Prompter:
             raise invalid(f"{field} is empty: give at least one token", field)
         self.check_ids(ids, field)
         answer = 1 if max_tokens is None else max_tokens
+        if answer >= most > len(ids):
+            raise invalid(
+                f"max_tokens is {answer if answer < 10**12 else 'far more'}, but the context of "
+                f"this model is max_length={most} for prompt and answer together, and {field} has "
+                f"{len(ids)} tokens; send at most {most - len(ids)}",
+                "max_tokens",
+                "context_length_exceeded",
+            )
         if len(ids) + answer > most:
             asked = f"and {answer} were asked for" if max_tokens else "and one is needed at least"
             raise invalid(
@@ -153,8 +161,9 @@ class Prompter:
         for name in ("messages", "tools", "add_generation_prompt"):
             if name in variables:
                 raise invalid(f"chat_template_kwargs cannot set {name}", "chat_template_kwargs")
-        if request.tools and not self._takes("tools", request):
-            raise invalid("this model's chat template takes no tools", "tools", "unsupported")
+        for name in ("tools", "documents"):
+            if getattr(request, name, None) and not self.takes(name, request):
+                raise invalid(f"this model's chat template takes no {name}", name, "unsupported")
         ready = request.add_generation_prompt
         marker = ""
         if request.continue_final_message:
@@ -240,7 +249,7 @@ class Prompter:
             )
         return ChatTemplate(request.chat_template, self.tokenizer.special_tokens).render
 
-    def _takes(self, variable: str, request: ChatRequest | TokenizeRequest) -> bool:
+    def takes(self, variable: str, request: ChatRequest | TokenizeRequest) -> bool:
         """Whether the template reads a variable."""
         if request.chat_template is not None:
             return variable in request.chat_template

@@ -20,6 +20,7 @@ from hasten.serving.engine_client import EngineClient, EngineStopped
 logger = logging.getLogger("hasten.serving")
 
 STATUS_SECONDS = 5.0
+BACKLOG = 2048
 DEATH_SECONDS = 10.0
 """After the engine's death the server answers 503 for so long, so that probes and clients hear
 why, and then exits."""
@@ -66,7 +67,7 @@ def run(effective: Effective) -> int:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=75,  # clients drop idle connections sooner, so that none breaks on use
-        backlog=2048,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=5,
     )
     with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
@@ -134,7 +135,7 @@ class _Running:
         dead = asyncio.create_task(service.engine.dead.wait())
         await asyncio.wait({stopped, dead}, return_when=asyncio.FIRST_COMPLETED)
         if dead.done():
-            logger.error("the engine has stopped: %s", getattr(service.engine, "why", "no reason"))
+            logger.error("the engine has stopped: %s", service.engine.why)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stop.wait(), DEATH_SECONDS)
             return 1
@@ -190,10 +191,18 @@ class _Running:
 
     async def _status(self) -> None:
         """One line every few seconds while there is work."""
-        before = self.service.engine.snapshot
-        while True:
+        engine = self.service.engine
+        before, hung = engine.snapshot, 0
+        while not engine.dead.is_set():
             await asyncio.sleep(STATUS_SECONDS)
-            now = self.service.engine.snapshot
+            if self.service.stalled:
+                logger.warning("no progress of the engine for %.0f seconds", engine.stalled)
+                hung += 1  # once may mean that both processes were stopped, as by Ctrl-Z
+                if hung > 1 and engine.stalled > (limit := self.service.config.hang_limit):
+                    engine.kill(f"it hung for more than hang_limit={limit:g} seconds")
+                continue
+            hung = 0
+            now = engine.snapshot
             tokens, seconds = now.tokens - before.tokens, now.time - before.time
             before = now
             if tokens or now.running or now.waiting:
@@ -216,6 +225,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         listener.bind(address)
+        listener.listen(BACKLOG)  # now, so that a second server on this port is told at once
     except OSError as error:
         raise OSError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"

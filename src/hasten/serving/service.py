@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 Body = bytes | bytearray
 T = TypeVar("T")
 
-STALL_SECONDS = 8.0
-"""Without a sign of progress for so long the server is not ready; signs come every second."""
 INLINE = 4 << 10
 """Bodies up to this size are handled on the event loop: a thread would cost more."""
 WORKERS = 2
@@ -59,6 +57,9 @@ class Engine(Protocol):
     @property
     def stalled(self) -> float: ...
 
+    @property
+    def why(self) -> str: ...
+
     async def start(self) -> EngineFacts: ...
 
     def stream(
@@ -71,6 +72,8 @@ class Engine(Protocol):
         priority: int = 0,
         embed: bool = False,
     ) -> AsyncGenerator[Piece, None]: ...
+
+    def kill(self, why: str) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -125,9 +128,14 @@ class Service:
             return "the model is loading"
         if self.draining:
             return "the server is shutting down"
-        if self.engine.stalled > STALL_SECONDS:
+        if self.stalled:
             return f"the engine has made no progress for {self.engine.stalled:.0f} seconds"
         return None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the engine has given no sign of progress for too long; one comes every second."""
+        return self.engine.stalled > self.config.hang_seconds
 
     def check_serving(self) -> None:
         """Raises ApiError (503) if new requests cannot be served."""
