@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class RandomWeights:
         if len(shape) == 1:
             return 1 + 0.1 * values if "norm" in name else 0.1 * values
         return self.scale * values
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+        yield self.get(name, shape)
 
 
 def hash_of(text: str) -> int:

@@ -13,6 +13,7 @@ from hasten.kernels.linear import (
     linear_grouped,
     pack,
     pack_grouped,
+    pack_rows,
     unpack,
 )
 from hasten.kernels.linear.ref import linear_in_order
@@ -40,6 +41,20 @@ def test_pack_matches_reference_and_unpacks(shape: tuple[int, int], dtype: torch
     kept = torch.float32 if dtype == torch.float16 else dtype
     assert_same_bits(unpack(packed), weight.to(kept))
     assert_same_bits(unpack(packed, impl="ref"), weight.to(kept))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize("sizes", [(70,), (16, 32, 22), (5, 3, 30, 1, 0, 31), (64, 6)])
+def test_pack_rows_equals_pack(sizes: tuple[int, ...], impl: str) -> None:
+    weight = torch.randn(70, 45)
+    parts = weight.split(list(sizes))
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = pack_rows(iter(parts), 70, 45, dtype, impl=impl)
+        assert (packed.n, packed.k) == (70, 45)
+        assert_same_bits(packed.data, pack(weight.to(dtype)).data)
+    for rows in (69, 71):
+        with pytest.raises(ValueError, match=f"not {rows}"):
+            pack_rows(iter(parts), rows, 45, torch.float32, impl=impl)
 
 
 def test_pack_converts_every_float16() -> None:

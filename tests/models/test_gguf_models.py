@@ -263,6 +263,8 @@ def test_metadata_that_would_change_the_result_are_refused(tmp_path: Path) -> No
             load_config(file, torch.float32)
 
     refused("logit_scale", lambda writer: writer.add_logit_scale(0.5))
+    refused("attention.scale", lambda writer: writer.add_attention_scale(0.1))
+    refused("attn_factor", lambda writer: writer.add_rope_scaling_attn_factors(1.2))
     refused("clamp_kqv", lambda writer: writer.add_clamp_kqv(8.0))
     refused(
         "rope.dimension_count",
@@ -274,6 +276,44 @@ def test_metadata_that_would_change_the_result_are_refused(tmp_path: Path) -> No
         writer.kv_data[0]["general.architecture"].value = "mamba"
 
     refused("'mamba', which cannot be loaded", other)
+
+
+def test_longrope_belongs_to_no_one_architecture(tmp_path: Path) -> None:
+    folder = saved(LlamaConfig(**sizes(num_hidden_layers=1)), tmp_path / "hf")
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for name, first in (("long", 2.0), ("short", 1.0)):
+            half = writer.kv_data[0]["llama.rope.dimension_count"].value // 2
+            values = first + np.arange(half, dtype=np.float32)
+            writer.add_tensor(f"rope_factors_{name}.weight", values)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(16)
+
+    plain_rope = load_config(convert(folder, tmp_path / "a.gguf"), torch.float32).rope
+    rope = load_config(convert(folder, tmp_path / "b.gguf", edit=change), torch.float32).rope
+    ratio = torch.tensor(plain_rope.frequencies) / torch.tensor(rope.frequencies)
+    torch.testing.assert_close(ratio, 2.0 + torch.arange(len(ratio)))
+    assert rope.magnitude == 1.0
+
+    def bare(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+
+    with pytest.raises(CheckpointError, match=r"'rope_factors_long\.weight', for LongRoPE"):
+        load_config(convert(folder, tmp_path / "c.gguf", edit=bare), torch.float32)
+
+
+def test_the_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = convert(saved(LlamaConfig(**sizes()), tmp_path / "hf"), tmp_path / "m.gguf")
+    opened: list[Path] = []
+    start = GGUF.__init__
+
+    def counted(self: GGUF, path: Path) -> None:
+        opened.append(path)
+        start(self, path)
+
+    monkeypatch.setattr(GGUF, "__init__", counted)
+    load_model(file)
+    assert opened == [file]
 
 
 def test_unloadable_type_is_named(tmp_path: Path) -> None:

@@ -115,6 +115,12 @@ def test_senseless_factors_are_refused(changes: dict[str, Any], words: str) -> N
         rope_facts(facts, 128, partial=True)
 
 
+def test_tables_are_bounded() -> None:
+    """A config.json of a few bytes must not ask for gigabytes of angles."""
+    with pytest.raises(CheckpointError, match="an even head_dim up to 1024"):
+        rope_facts(Facts({}, "config.json"), 65_536)
+
+
 def test_rows_do_not_change_as_the_tables_grow() -> None:
     facts = RopeFacts(tuple(10000.0 ** (-i / 10) for i in range(10)), 1.1)
     grown, at_once = Rope(facts), Rope(facts)

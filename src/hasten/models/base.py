@@ -9,7 +9,7 @@ An architecture is one module named after the ``model_type`` of config.json. It 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -140,6 +140,9 @@ class Weights(Protocol):
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that name as stored; its shape is checked before it is read."""
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+        """The same for a matrix, in parts of some rows [any, shape[1]] one after the other."""
 
 
 class KV(Protocol):

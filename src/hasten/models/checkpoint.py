@@ -5,7 +5,7 @@ Every length is checked against the size of the file before anything of that len
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,9 @@ class SafetensorsWeights:
         self.unread.discard(name)
         self._account(name, tensor.nbytes)
         return tensor
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+        yield self.get(name, shape)  # lies in the mapped file
 
     def _account(self, name: str, nbytes: int) -> None:
         file = self._files[name]

@@ -5,6 +5,8 @@ Images are not read: the tensors of the image tower stay on disk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,6 @@ class TextWeights:
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._weights.get(f"language_model.{name}", shape)
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+        return self._weights.rows(f"language_model.{name}", shape)

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.activation import gated
-from hasten.kernels.linear import PackedWeight, linear, pack
+from hasten.kernels.linear import PackedWeight, linear, pack_rows
 from hasten.kernels.moe import route
 from hasten.kernels.rms_norm import rms_norm
 from hasten.models.facts import CheckpointError, Facts
 
 if TYPE_CHECKING:
     from hasten.models.base import KV, ModelConfig, Weights
+
+
+MAX_ROTATED = 1024  # dimensions of a head; bounds the tables, which no tensor accounts for
 
 
 def vector(weights: Weights, name: str, size: int) -> Tensor:
@@ -44,11 +47,12 @@ class Linear:
         cls, weights: Weights, outputs: dict[str, int], inputs: int, bias: bool = False
     ) -> Linear:
         """Stack the checkpoint's ``<name>.weight`` [rows, inputs], in the order of ``outputs``."""
-        parts = [
-            weights.get(f"{name}.weight", (rows, inputs)).to(weights.dtype)
+        parts = (
+            part
             for name, rows in outputs.items()
-        ]
-        packed = pack(parts[0] if len(parts) == 1 else torch.cat(parts))
+            for part in weights.rows(f"{name}.weight", (rows, inputs))
+        )
+        packed = pack_rows(parts, sum(outputs.values()), inputs, weights.dtype)
         if not bias:
             return cls(packed)
         biases = [vector(weights, f"{name}.bias", rows) for name, rows in outputs.items()]
@@ -251,9 +255,10 @@ def rope_facts(
     else:
         for part in (rope, facts):
             part.expect("partial_rotary_factor", 1.0)
-    if head_dim < 2 or head_dim % 2 or theta <= 1:
+    if not 2 <= head_dim <= MAX_ROTATED or head_dim % 2 or theta <= 1:
         raise facts.wrong(
-            f"rotary embedding needs an even head_dim and theta > 1, not {head_dim}, {theta}"
+            f"rotary embedding needs an even head_dim up to {MAX_ROTATED} and theta > 1, "
+            f"not {head_dim}, {theta}"
         )
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / theta**exponents

@@ -130,18 +130,19 @@ def load_model(
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"weights are held as float32 or bfloat16, not {dtype}")
     folder = locate(path_or_hub_id)
-    facts = read_facts(folder)
+    source = _opened(folder)
+    facts = read_facts(source)
     facts.longest = max_length
     module = _architecture(facts)
     weights: GGUFWeights | SafetensorsWeights
-    if is_gguf(folder):
-        weights = GGUFWeights(GGUF(folder), facts, dtype)
+    if isinstance(source, GGUF):
+        weights = GGUFWeights(source, facts, dtype)
     else:
         weights = SafetensorsWeights(folder, dtype or _stated_dtype(facts))
     config = module.configure(facts, weights.dtype)
-    with _progress(weights, progress) as source:
-        model: Decoder = module.Model(config, source)
-    model.sampling_defaults = sampling_defaults(folder)
+    with _progress(weights, progress) as watched:
+        model: Decoder = module.Model(config, watched)
+    model.sampling_defaults = sampling_defaults(source)
     if unread := sorted(name for name in weights.unread if not UNUSED.fullmatch(name)):
         log.warning(
             "%s: %d tensors are not part of architecture %s and were ignored, among them %s",
@@ -153,11 +154,17 @@ def load_model(
     return model
 
 
-def read_facts(folder: Path) -> Facts:
+def _opened(source: Path | GGUF) -> Path | GGUF:
+    """A GGUF file with its header read, which takes a while; a folder as it is."""
+    return GGUF(source) if isinstance(source, Path) and is_gguf(source) else source
+
+
+def read_facts(source: Path | GGUF) -> Facts:
     """config.json, with the end tokens of generation_config.json where it states them; the same
     from the metadata of a GGUF file."""
-    if is_gguf(folder):
-        return facts_of(GGUF(folder))
+    folder = _opened(source)
+    if isinstance(folder, GGUF):
+        return facts_of(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
@@ -169,11 +176,12 @@ def read_facts(folder: Path) -> Facts:
     return Facts(values, path)
 
 
-def sampling_defaults(folder: Path) -> dict[str, Any]:
+def sampling_defaults(source: Path | GGUF) -> dict[str, Any]:
     """Sampling settings that the checkpoint recommends: in generation_config.json, or in the
     metadata of a GGUF file."""
-    if is_gguf(folder):
-        stated = Facts(recommended(GGUF(folder)), folder)
+    folder = _opened(source)
+    if isinstance(folder, GGUF):
+        stated = Facts(recommended(folder), folder.path)
     else:
         stated = Facts(_generation_config(folder), folder / "generation_config.json")
     defaults: dict[str, Any] = {}
@@ -239,6 +247,11 @@ class _Counted:
         tensor = self._weights.get(name, shape)
         self._advance(tensor.nbytes)
         return tensor
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+        for part in self._weights.rows(name, shape):
+            self._advance(part.nbytes)
+            yield part
 
 
 @contextmanager

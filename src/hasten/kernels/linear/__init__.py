@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from hasten.kernels.dispatch import choose
 from hasten.kernels.linear import cpu, ref
-from hasten.kernels.linear.packed import PANEL, PackedWeight
+from hasten.kernels.linear.packed import PANEL, PackedWeight, packed_dtype
 
-__all__ = ["PANEL", "PackedWeight", "linear", "linear_grouped", "pack", "pack_grouped", "unpack"]
+__all__ = [
+    "PANEL",
+    "PackedWeight",
+    "linear",
+    "linear_grouped",
+    "pack",
+    "pack_grouped",
+    "pack_rows",
+    "unpack",
+]
 
 
 def pack(weight: Tensor, *, impl: str | None = None) -> PackedWeight:
@@ -20,6 +31,33 @@ def pack(weight: Tensor, *, impl: str | None = None) -> PackedWeight:
     other shapes.
     """
     return cpu.pack(weight) if choose(impl, weight) == "cpu" else ref.pack(weight)
+
+
+def pack_rows(
+    parts: Iterable[Tensor], n: int, k: int, dtype: torch.dtype, *, impl: str | None = None
+) -> PackedWeight:
+    """Bring a weight [N, K] into panels whose rows come in parts [any, K], as ``dtype``.
+
+    Only the part at hand is held beside the result. Raises ValueError if the parts do not make
+    N rows of K.
+    """
+    data = torch.empty((-(-n // PANEL), k, PANEL), dtype=packed_dtype(dtype))
+    run = cpu.pack if choose(impl, data) == "cpu" else ref.pack
+    found, rest = 0, data.new_empty(0, k)  # rows so far; those of a panel that is not full yet
+    for part in parts:
+        rows = part.to(data.dtype)
+        begin = found - len(rest)
+        found += len(part)
+        if found > n:
+            break
+        rows = torch.cat([rest, rows]) if len(rest) else rows
+        whole = len(rows) if found == n else len(rows) // PANEL * PANEL
+        if whole:
+            run(rows[:whole], data[begin // PANEL : -(-(begin + whole) // PANEL)])
+        rest = rows[whole:].clone()
+    if found != n:
+        raise ValueError(f"the parts of a weight have {found} rows, not {n}")
+    return PackedWeight(data, n, k)
 
 
 def pack_grouped(weights: Tensor, *, impl: str | None = None) -> PackedWeight:

@@ -9,11 +9,12 @@ from hasten import _native
 from hasten.kernels.linear.packed import PANEL, PackedWeight, packed_dtype
 
 
-def pack(weight: Tensor) -> PackedWeight:
+def pack(weight: Tensor, data: Tensor | None = None) -> PackedWeight:
     if weight.dim() != 2:
         raise ValueError(f"a weight has two dimensions, not {tuple(weight.shape)}")
     n, k = weight.shape
-    data = torch.empty((-(-n // PANEL), k, PANEL), dtype=packed_dtype(weight.dtype))
+    if data is None:
+        data = torch.empty((-(-n // PANEL), k, PANEL), dtype=packed_dtype(weight.dtype))
     _native.pack(weight.detach(), data)
     return PackedWeight(data, n, k)
 

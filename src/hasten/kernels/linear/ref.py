@@ -8,13 +8,13 @@ from torch import Tensor
 from hasten.kernels.linear.packed import PANEL, PackedWeight, packed_dtype
 
 
-def pack(weight: Tensor) -> PackedWeight:
+def pack(weight: Tensor, data: Tensor | None = None) -> PackedWeight:
     n, k = weight.shape
     panels = -(-n // PANEL)
     padded = weight.new_zeros((panels * PANEL, k), dtype=packed_dtype(weight.dtype))
     padded[:n] = weight
-    data = padded.view(panels, PANEL, k).transpose(1, 2).contiguous()
-    return PackedWeight(data, n, k)
+    packed = padded.view(panels, PANEL, k).transpose(1, 2)
+    return PackedWeight(packed.contiguous() if data is None else data.copy_(packed), n, k)
 
 
 def unpack(w: PackedWeight) -> Tensor:

@@ -44,6 +44,7 @@ NEUTRAL = {
     "attention.causal": True,
     "attention.clamp_kqv": 0.0,
     "attention.max_alibi_bias": 0.0,
+    "attention.scale": 0.0,
     "attention.temperature_scale": 0.0,
     "embedding_scale": 1.0,
     "expert_gating_func": 1,
@@ -53,6 +54,7 @@ NEUTRAL = {
     "nextn_predict_layers": 0,
     "pooling_type": 0,
     "residual_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
     "use_parallel_residual": False,
 }
 """Keys that change what a model computes, and the value with which they do not."""
@@ -117,6 +119,12 @@ class Metadata:
     def get(self, key: str, default: int | float | str | None = None) -> Any:
         self.read.add(key)
         return self.gguf.get(self.prefix + key, default)
+
+    def count(self, key: str, default: int) -> int:
+        value = self.get(key, default)
+        if type(value) is not int:
+            raise self.gguf.wrong(f"{self.prefix + key!r} must be an integer, found {value!r}")
+        return value
 
     def window(self) -> int | None:
         return self.get("attention.sliding_window") or None  # 0 means none
@@ -198,12 +206,11 @@ def _sliding_layers(keys: Metadata, layers: int) -> list[bool]:
     key = "attention.sliding_window_pattern"
     if keys.gguf.is_array(keys.prefix + key):
         keys.read.add(key)
-        kinds = [bool(kind) for kind in keys.gguf.numbers(keys.prefix + key)]
-        if len(kinds) != layers:
+        if keys.gguf.length(keys.prefix + key) != layers:
             raise keys.gguf.wrong(f"{keys.prefix + key!r} must list {layers} layers")
-        return kinds
-    every = keys.get(key, 6)
-    if not isinstance(every, int) or every < 1:
+        return [bool(kind) for kind in keys.gguf.numbers(keys.prefix + key)]
+    every = keys.count(key, 6)
+    if every < 1:
         raise keys.gguf.wrong(f"{keys.prefix + key!r} must be a positive number, found {every!r}")
     return [(layer + 1) % every != 0 for layer in range(layers)]
 
@@ -217,25 +224,18 @@ def _gemma_scalar(values: dict[str, Any], largest: int) -> float:
 
 def _phi3(values: dict[str, Any], keys: Metadata) -> None:
     values["sliding_window"] = keys.window()
-    values["partial_rotary_factor"] = values.pop("rotated") / values["head_dim"]
-    context = keys.get("rope.scaling.original_context_length")
-    if "rope_factors_long.weight" in keys.gguf.tensors:
-        values["original_max_position_embeddings"] = context
-        stretch = keys.get("rope.scaling.attn_factor")
-        values["rope_parameters"] |= {
-            "rope_type": "longrope",
-            "long_factor": list(_floats(keys.gguf, "rope_factors_long.weight")),
-            "short_factor": list(_floats(keys.gguf, "rope_factors_short.weight")),
-            "attention_factor": None if _follows(stretch, values) else stretch,
-        }
+    keys.get("rope.scaling.original_context_length")  # stated where nothing is scaled, too
+    # A little more, so that head_dim times it does not fall below the integer.
+    share = values.pop("rotated") / values["head_dim"]
+    values["partial_rotary_factor"] = math.nextafter(share, 1.0)
 
 
 def _deepseek2(values: dict[str, Any], keys: Metadata) -> None:
     """Multi-head latent attention. Files since 2025 state sizes after absorption in the plain
     keys and those of a head in keys that end in ``_mla``; older ones the latter in the plain."""
     rotated, value_dim = values.pop("rotated"), values.pop("value_dim")
-    head_dim = keys.get("attention.key_length_mla", values["head_dim"])
-    groups = keys.get("expert_group_count", 1)
+    head_dim = keys.count("attention.key_length_mla", values["head_dim"])
+    groups = keys.count("expert_group_count", 1)
     values |= {
         "num_key_value_heads": values["num_attention_heads"],
         "head_dim": rotated,
@@ -254,19 +254,21 @@ def _deepseek2(values: dict[str, Any], keys: Metadata) -> None:
         "topk_group": keys.get("expert_group_used_count", 1),
     }
     if (temperature := keys.get("rope.scaling.yarn_log_multiplier")) is not None:
+        if not isinstance(temperature, int | float):
+            raise keys.gguf.wrong(
+                f"'{keys.prefix}rope.scaling.yarn_log_multiplier' must be a number"
+            )
         # Written as a tenth of mscale_all_dim, and read as if mscale were the same.
         weight = round(temperature * 10, 6)
         values["rope_parameters"] |= {"mscale": weight, "mscale_all_dim": weight}
 
 
-def _follows(stretch: object, values: dict[str, Any]) -> bool:
+def _follows(stretch: object, context: object, values: dict[str, Any]) -> bool:
     """Whether LongRoPE's factor is but a float32 of what its formula gives; that is exact then."""
-    facts = Facts(values, "")
-    try:
-        context = facts.count("original_max_position_embeddings", least=2)
-        growth = max(1.0, facts.count("max_position_embeddings") / context)
-    except CheckpointError:
+    positions = values["max_position_embeddings"]
+    if type(context) is not int or type(positions) is not int or context < 2:
         return False
+    growth = max(1.0, positions / context)
     formula = math.sqrt(1 + math.log(growth) / math.log(context))
     return isinstance(stretch, float) and math.isclose(stretch, formula, rel_tol=1e-6)
 
@@ -377,7 +379,7 @@ def facts_of(gguf: GGUF) -> Facts:
     sizes = {"rotated": "rope.dimension_count", "value_dim": "attention.value_length"}
     for name, key in sizes.items():
         values[name] = keys.get(key, values["head_dim"])
-        facts.count(name)
+        facts.count(name, most=MAX_HEAD_DIM)
     architecture.more(values, keys)
     for name, key in sizes.items():  # unless the architecture has a use for it
         if values.pop(name, values["head_dim"]) != values["head_dim"]:
@@ -436,6 +438,18 @@ def _rope(keys: Metadata, values: dict[str, Any]) -> dict[str, Any]:
             raise keys.gguf.wrong("only a 'rope.scaling.yarn_ext_factor' of 1 can be run")
     elif kind not in ("none", "longrope"):
         raise keys.gguf.wrong(f"'rope.scaling.type' {kind!r} is not known")
+    if "rope_factors_long.weight" in keys.gguf.tensors:
+        context = keys.get("rope.scaling.original_context_length")
+        stretch = keys.get("rope.scaling.attn_factor", 1.0)
+        rope |= {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": context,
+            "long_factor": list(_floats(keys.gguf, "rope_factors_long.weight")),
+            "short_factor": list(_floats(keys.gguf, "rope_factors_short.weight")),
+            "attention_factor": None if _follows(stretch, context, values) else stretch,
+        }
+    elif kind == "longrope":
+        raise keys.gguf.wrong("tensor 'rope_factors_long.weight', for LongRoPE, is missing")
     if "rope_freqs.weight" in keys.gguf.tensors:
         # Llama 3's scaling, worked out by the converter: a divisor of each frequency. LongRoPE
         # with both lists equal computes just that.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hasten.models.gguf.file import Kind
 
-CHUNK_VALUES = 1 << 22
+CHUNK_VALUES = 1 << 18
 """Values expanded at a time: bounds what is held beside the result."""
 
 

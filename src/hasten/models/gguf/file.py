@@ -26,7 +26,7 @@ MAX_KEYS = 65_536
 MAX_TENSORS = 65_536
 MAX_TENSOR_NAME = 256  # bytes; ggml itself allows 64
 MAX_TEXT = 16 << 20  # bytes of one string, such as a chat template
-MAX_STRINGS = 8 << 20  # of all arrays together; vocabularies with their merges have under one
+MAX_STRINGS = 2 << 20  # of all arrays together; vocabularies with their merges have under one
 MAX_NESTING = 4
 MAX_PARTS = 1024
 
@@ -430,8 +430,10 @@ class _Header:
         if value.kind != 4:
             raise self.part.wrong("'general.alignment' must be a uint32")
         (alignment,) = struct.unpack_from("<I", self.map, value.offset)
-        if alignment < 1 or alignment & (alignment - 1):
-            raise self.part.wrong(f"'general.alignment' is {alignment}, not a power of two")
+        if alignment < 8 or alignment & (alignment - 1):
+            raise self.part.wrong(
+                f"'general.alignment' is {alignment}, not a power of two from 8 on"
+            )
         return int(alignment)
 
     def placed(self, tensors: dict[str, Stored], alignment: int) -> dict[str, Stored]:

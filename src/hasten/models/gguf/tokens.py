@@ -23,6 +23,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in SentencePiece vocabularies
 
+MAX_PIECE = 1024  # characters; the ways to cut a token are tried, so that time grows as its square
+
 SPECIAL_IDS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -219,9 +221,10 @@ def _vocabulary(gguf: GGUF) -> Vocabulary:
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is not None and count > embedding.shape[0]:
         raise gguf.wrong(f"{count} tokens, but 'token_embd.weight' has {embedding.shape[0]} rows")
+    stated = gguf.length("tokenizer.ggml.token_type")
+    if stated not in (0, count):
+        raise gguf.wrong(f"'tokenizer.ggml.token_type' lists {stated} of {count} tokens")
     kinds = [int(kind) for kind in gguf.numbers("tokenizer.ggml.token_type")] or [NORMAL] * count
-    if len(kinds) != count:
-        raise gguf.wrong(f"'tokenizer.ggml.token_type' lists {len(kinds)} of {count} tokens")
     return Vocabulary(list(gguf.texts("tokenizer.ggml.tokens")), kinds)
 
 
@@ -264,6 +267,8 @@ def _sentence_piece(gguf: GGUF, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     for token, number in ids.items():
         if vocabulary.kinds[number] != NORMAL:
             continue
+        if len(token) > MAX_PIECE:
+            raise gguf.wrong(f"token {number} has {len(token)} characters, over {MAX_PIECE}")
         for at in range(1, len(token)):
             left, right = token[:at], token[at:]
             if left in ids and right in ids:

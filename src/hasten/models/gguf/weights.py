@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hasten.models.facts import CheckpointError, Facts
 from hasten.models.gguf.architectures import Source, architecture_of, source_of
-from hasten.models.gguf.blocks import READABLE, expand
+from hasten.models.gguf.blocks import CHUNK_VALUES, READABLE, expand
 from hasten.models.gguf.file import GGUF, Kind, Part, Stored
 
 RELEASE_BYTES = 512 << 20  # read so much of a file, then let its pages go
@@ -65,6 +66,14 @@ class GGUFWeights:
         if source.shift:
             values = values.float() - source.shift
         return values
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+        """A matrix as ``get`` gives it, some rows at a time: expanded blocks are far larger than
+        the file, and need not be held beside what is made of them."""
+        kind, rows = self._read(name, shape)[1]
+        step = max(16, CHUNK_VALUES // shape[1] // 16 * 16)  # whole panels
+        for start in range(0, shape[0], step):
+            yield expand(kind, rows[start : start + step], self.dtype)
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
         """The tensor of that name as stored, for kernels that compute on blocks.
