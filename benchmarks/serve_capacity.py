@@ -267,8 +267,8 @@ def plot(path: Path, chosen: Sequence[Contestant], slo: Slo) -> None:
             share = [100 * p.attainment for p in probes]
             axes.plot([p.rate for p in probes], share, "o-", ms=4, label=c.name, alpha=0.8)
     axes.axhline(100 * TARGET, color="#888888", lw=1, ls="--")
-    axes.set_xscale("log")
-    axes.set_xlabel("requests per second")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("requests per second (a probe is stopped once it cannot reach the line)")
     axes.set_ylabel(f"% within {slo} ms")
     axes.set_ylim(0, 102)
     axes.legend()

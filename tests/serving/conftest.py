@@ -21,7 +21,7 @@ import uvicorn
 from hasten.serving.app import create_app
 from hasten.serving.config import Effective, ServeConfig
 from hasten.serving.engine_client import EngineClient
-from hasten.serving.protocol import BoundedHead
+from hasten.serving.protocol import protocol_of
 from hasten.serving.server import bind
 from hasten.serving.service import Service
 
@@ -118,7 +118,12 @@ class Live:
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
-            self.app, http=BoundedHead, ws="none", lifespan="off", log_config=None, access_log=False
+            self.app,
+            http=protocol_of(self.service),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
         )
         self.server = uvicorn.Server(config)
         self.server.config.load()

@@ -126,6 +126,49 @@ def test_full_queue_is_told_before_the_body(serve: Callable[..., Live], engine_c
     assert live.service.metrics.stats()["requests"] == {"ok": 2, "rejected": 50}
 
 
+@pytest.mark.parametrize("cors", [(), ("https://example.org",)])
+def test_turned_away_on_a_connection_that_goes_on(
+    serve: Callable[..., Live], engine_client: Any, cors: tuple[str, ...]
+) -> None:
+    """The refusal is whole, comes before the body, and the next requests of the connection are
+    answered; a wrong key is told first, and HTTP/1.0 closes."""
+    engine = Stuck(engine_client)
+    live = serve(engine, max_queued_requests=1, api_key=("secret",), cors_origin=cors)
+    key = {"authorization": "Bearer secret"}
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=live.url, timeout=30, headers=key) as client:
+            waiting = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}))
+            while live.service.admission.waiting < 1:
+                await asyncio.sleep(0.01)
+            reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
+            post = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+            body = b"content-type: application/json\r\ncontent-length: 300000\r\n\r\n"
+            named = b"authorization: Bearer secret\r\nx-request-id: mine\r\n"
+            for head, status in ((post + body, 401), (post + named + body, 429)):
+                writer.write(head)
+                answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+                assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+                assert (b"x-request-id: mine" in answer) == (status == 429)
+                assert (b"retry-after: " in answer) == (status == 429)
+                length = int(answer.lower().partition(b"content-length: ")[2].split()[0])
+                assert b'"error"' in await reader.readexactly(length)
+                writer.write(b"x" * 300000)
+                writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                answer = await asyncio.wait_for(reader.readuntil(b"}"), 5)
+                assert answer.startswith(b"HTTP/1.1 200 "), answer
+            writer.write(post.replace(b"1.1", b"1.0") + named + b"content-length: 0\r\n\r\n")
+            answer = await asyncio.wait_for(reader.read(), 5)  # to the end of the connection
+            assert answer.startswith(b"HTTP/1.1 429 ") and b"connection: close" in answer
+            writer.close()
+            live.loop.loop.call_soon_threadsafe(engine.go.set)
+            assert (await waiting).status_code == 200
+
+    asyncio.run(run())
+    assert live.service.metrics.stats()["requests"] == {"ok": 1, "rejected": 2}
+    assert live.service.admission.open == 0
+
+
 def test_silence_is_broken_by_comments(
     serve: Callable[..., Live], engine_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,11 @@ class Admission:
         self._number = 0
         self._starts: deque[tuple[float, int]] = deque()
 
+    @property
+    def crowded(self) -> bool:
+        """Whether nothing more can wait."""
+        return self.waiting >= self.max_requests or self.tokens >= self.max_tokens
+
     def check_room(self) -> None:
         """Raises ApiError (429) if nothing more can wait."""
         if self.waiting >= self.max_requests:

@@ -35,6 +35,9 @@ GENERATION: dict[str, Any] = {
 }
 MAX_HEADER_BYTES = 64 << 10
 
+Refusal = tuple[int, list[tuple[bytes, bytes]], bytes]
+"""Status, headers and body of an answer."""
+
 
 class Gate:
     """Wraps the application."""
@@ -42,32 +45,28 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._keys = [key.encode() for key in service.keys]
+        self._door = Door(service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = header(scope, b"x-request-id")
-        state = scope.setdefault("state", {})
-        state["arrived"] = time.monotonic()
-        state["request_id"] = clean_id(request_id) or f"req-{secrets.token_hex(12)}"
+        state = arrive(scope)
         answered: list[int] = []
 
         async def reply(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answered.append(message["status"])
-                headers = [*message.get("headers", ()), *SAFE]
-                headers.append((b"x-request-id", state["request_id"].encode()))
+                headers = [*message.get("headers", ()), *always(state)]
                 message = {**message, "headers": headers}
             await send(message)
 
         try:
-            key = self._pass(scope)
+            key = self._door.check(scope)
             state["tenant"] = self._service.tenant(key)
             await self._app(scope, receive, reply)
         except ApiError as error:
-            self._note(scope, state, error)
+            self._door.note(scope, state, error)
             await send_error(error, reply)
         except Exception:
             logger.exception("request %s failed", state["request_id"])
@@ -77,7 +76,39 @@ class Gate:
             if answered:
                 self._service.metrics.responded(template(scope), answered[0])
 
-    def _pass(self, scope: Scope) -> str | None:
+
+class Door:
+    """Who may come in."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._keys = [key.encode() for key in service.keys]
+
+    def turn_away(self, scope: Scope) -> Refusal | None:
+        """The whole answer to a generation request while there is no room; None = let the
+        application see it.
+
+        At ten times the load nine of ten requests end here, and what they cost is taken from the
+        others: some 40 us on an open connection, where a task and the application's layers made
+        it 90.
+        """
+        if (
+            scope["path"] not in GENERATION
+            or scope["method"] != "POST"
+            or not self._service.admission.crowded
+        ):
+            return None
+        state = arrive(scope)
+        try:
+            self.check(scope)
+        except ApiError as error:
+            self.note(scope, state, error)
+            self._service.metrics.responded(scope["path"], error.status)
+            body = error.body()
+            return error.status, [*error_headers(error, body), *always(state)], body
+        return None
+
+    def check(self, scope: Scope) -> str | None:
         """The key of a request that may go on. Raises ApiError for any other."""
         headers = scope["headers"]
         if len(headers) > self._service.config.max_headers:
@@ -132,7 +163,7 @@ class Gate:
             code="host_not_allowed",
         )
 
-    def _note(self, scope: Scope, state: dict[str, Any], error: ApiError) -> None:
+    def note(self, scope: Scope, state: dict[str, Any], error: ApiError) -> None:
         """Count a generation request that was turned away for want of room or of an engine."""
         route = GENERATION.get(scope["path"])
         if route is None or error.status not in (429, 503):
@@ -144,7 +175,21 @@ class Gate:
         self._service.recorder.finished(record)
 
 
-SAFE = ((b"x-content-type-options", b"nosniff"),)
+def arrive(scope: Scope) -> dict[str, Any]:
+    """The state of a request that has just come: when, and under which id."""
+    state: dict[str, Any] = scope.setdefault("state", {})
+    state["arrived"] = time.monotonic()
+    given = clean_id(header(scope, b"x-request-id"))
+    state["request_id"] = given or f"req-{secrets.token_hex(12)}"
+    return state
+
+
+def always(state: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    """Headers of every answer."""
+    return [
+        (b"x-content-type-options", b"nosniff"),
+        (b"x-request-id", state["request_id"].encode()),
+    ]
 
 
 def offered(scope: Scope) -> bytes | None:
@@ -178,12 +223,16 @@ def template(scope: Scope) -> str:
     return scope["path"] if scope["path"] in GENERATION or scope["path"] in OPEN else "other"
 
 
-async def send_error(error: ApiError, send: Send) -> None:
-    body = error.body()
-    headers = [
+def error_headers(error: ApiError, body: bytes) -> list[tuple[bytes, bytes]]:
+    return [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         *error.headers(),
     ]
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    body = error.body()
+    headers = error_headers(error, body)
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

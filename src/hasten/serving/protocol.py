@@ -1,12 +1,16 @@
-"""uvicorn's HTTP protocol with bounds on the head of a request: its bytes, and its time."""
+"""uvicorn's HTTP protocol with bounds on the head of a request (its bytes, its time), and a short
+way out for requests that find no room."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from hasten.serving.errors import ApiError
+from hasten.serving.gate import Door
+from hasten.serving.service import Service
 
 HEAD_SECONDS = 30.0
 """Time for a request line with its headers, from the connection or from its first byte."""
@@ -21,7 +25,10 @@ _REFUSAL = (
 
 
 class BoundedHead(HttpToolsProtocol):
-    """Ends a connection whose head does not end."""
+    """Ends a connection whose head does not end, and turns away at the door."""
+
+    door: Door | None = None
+    """Set by `protocol_of`; None: the application decides everything."""
 
     _head = 0
     """Bytes that came since the last head was complete, while one is open."""
@@ -69,3 +76,28 @@ class BoundedHead(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._open, self._head = True, 0
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        refusal = None if self.door is None else self.door.turn_away(cycle.scope)
+        if refusal is None:
+            super()._start_asgi_task(cycle, app)
+            return
+        status, headers, body = refusal
+        parts = [STATUS_LINE[status]]
+        for name, value in (*self.server_state.default_headers, *headers):
+            parts += (name, b": ", value, b"\r\n")
+        if not cycle.keep_alive:
+            parts.append(b"connection: close\r\n")
+        self.transport.write(b"".join((*parts, b"\r\n", body)))
+        cycle.response_started = cycle.response_complete = True  # what comes of a body is dropped
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+
+def protocol_of(service: Service) -> type[BoundedHead]:
+    """The protocol for one server. With ``cors_origin``, refusals too need headers that only the
+    application adds, so there the door stays out of it."""
+    if service.config.cors_origin:
+        return BoundedHead
+    return type("BoundedHeadWithDoor", (BoundedHead,), {"door": Door(service)})

@@ -52,14 +52,14 @@ def run(effective: Effective) -> int:
     import uvicorn
 
     from hasten.serving.app import create_app
-    from hasten.serving.protocol import BoundedHead
+    from hasten.serving.protocol import protocol_of
     from hasten.serving.service import Service
 
     sys.setswitchinterval(0.001)  # threads that tokenize give way to the event loop sooner
     service = Service(effective, engine)
     settings = uvicorn.Config(
         create_app(service),
-        http=BoundedHead,
+        http=protocol_of(service),
         ws="none",
         lifespan="off",
         log_config=None,
