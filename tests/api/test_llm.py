@@ -188,3 +188,14 @@ def test_a_step_that_fails_ends_its_requests_only(
         output = llm.generate("x = 1", GREEDY)[0].outputs[0]
     assert output.finish_reason == "error" and output.error == "MemoryError: no room"
     assert llm.generate("x = 1", GREEDY)[0].outputs[0].token_ids == expected
+
+
+def test_vectors_are_the_same_alone_and_together_and_leave_nothing(llm: LLM) -> None:
+    texts = prompts(6)
+    together = llm.embed(texts)
+    assert together == [llm.embed(text)[0] for text in texts]
+    assert len(together[0]) == llm.engine.model.config.hidden_size
+    assert len({tuple(v) for v in together}) == len(set(texts))
+    with pytest.raises(RequestRefused):
+        llm.embed(["fine", []])
+    assert not llm.engine.has_work

@@ -164,6 +164,34 @@ class LLM:
                 self._streams.pop(request.id, None)
                 self.last_figures = request.sequences[0].figures
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, tenant: str = "") -> list[list[float]]:
+        """Vectors of prompts: the normed hidden state of each one's last token.
+
+        Returns:
+            ``hidden_size`` float32 values a prompt, not scaled (the server's are, to length one).
+
+        Raises:
+            RequestRefused: a prompt can never run (empty, too long); nothing ran.
+        """
+        ids: list[str] = []
+        try:
+            for prompt in _as_list(prompts):
+                with held_back():
+                    ids.append(self.frontend.submit(prompt, tenant=tenant, embed=True).id)
+                    self._streams[ids[-1]] = deque()
+            self._drain(set(ids), progress=False)
+            vectors = []
+            for name in ids:
+                last = self._streams[name][-1]
+                if last.embedding is None:
+                    raise RuntimeError(f"no vector was computed: {last.error}")
+                vectors.append(last.embedding)
+            return vectors
+        finally:
+            for name in ids:
+                self._streams.pop(name, None)
+                self.frontend.discard(name)
+
     def score(
         self, texts: Prompt | Sequence[Prompt], contexts: Prompt | Sequence[Prompt] | None = None
     ) -> list[Score]:
