@@ -36,7 +36,7 @@ class RandomWeights:
         return self.scale * values
 
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
-        yield self.get(name, shape)
+        return iter([self.get(name, shape)])
 
 
 def hash_of(text: str) -> int:

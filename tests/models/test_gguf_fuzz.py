@@ -300,6 +300,28 @@ def test_sizes_that_no_tensor_accounts_for_are_bounded(tmp_path: Path) -> None:
         load_config(path, torch.float32)
 
 
+@pytest.mark.parametrize("key", ["feed_forward_length", "attention.head_count"])
+def test_no_memory_before_shapes_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Metadata may state any size; the tensors say what there is."""
+    path = tmp_path / "m.gguf"
+    many = 20_000_000 if key == "feed_forward_length" else 65_536
+    sizes = {f"llama.{key}": many, "llama.attention.key_length": 8}
+    path.write_bytes(container(METADATA | sizes, TENSORS))
+    largest, empty = [0], torch.empty
+
+    def watched(*shape: Any, **options: Any) -> torch.Tensor:
+        numbers = shape[0] if isinstance(shape[0], tuple) else shape
+        largest.append(math.prod(numbers))
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", watched)
+    with pytest.raises(CheckpointError, match="shape"):
+        load_model(path, torch.float32, progress=False)
+    assert max(largest) < 1 << 20
+
+
 def test_rotated_dimensions_are_kept_exactly(tmp_path: Path) -> None:
     """30 / 44 * 44 is less than 30 in floats."""
     path = tmp_path / "m.gguf"

@@ -142,7 +142,8 @@ class Weights(Protocol):
         """The tensor of that name as stored; its shape is checked before it is read."""
 
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
-        """The same for a matrix, in parts of some rows [any, shape[1]] one after the other."""
+        """The same for a matrix, in parts of some rows [any, shape[1]] one after the other. The
+        shape is checked by the call, not with the first part."""
 
 
 class KV(Protocol):

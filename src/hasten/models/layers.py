@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,12 +48,9 @@ class Linear:
         cls, weights: Weights, outputs: dict[str, int], inputs: int, bias: bool = False
     ) -> Linear:
         """Stack the checkpoint's ``<name>.weight`` [rows, inputs], in the order of ``outputs``."""
-        parts = (
-            part
-            for name, rows in outputs.items()
-            for part in weights.rows(f"{name}.weight", (rows, inputs))
-        )
-        packed = pack_rows(parts, sum(outputs.values()), inputs, weights.dtype)
+        # all shapes are checked before memory of the sizes that the config states is asked for
+        parts = [weights.rows(f"{name}.weight", (rows, inputs)) for name, rows in outputs.items()]
+        packed = pack_rows(chain(*parts), sum(outputs.values()), inputs, weights.dtype)
         if not bias:
             return cls(packed)
         biases = [vector(weights, f"{name}.bias", rows) for name, rows in outputs.items()]

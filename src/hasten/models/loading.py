@@ -249,9 +249,14 @@ class _Counted:
         return tensor
 
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
-        for part in self._weights.rows(name, shape):
-            self._advance(part.nbytes)
-            yield part
+        parts = self._weights.rows(name, shape)
+
+        def counted() -> Iterator[Tensor]:
+            for part in parts:
+                self._advance(part.nbytes)
+                yield part
+
+        return counted()
 
 
 @contextmanager

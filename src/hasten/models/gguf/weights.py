@@ -72,8 +72,10 @@ class GGUFWeights:
         the file, and need not be held beside what is made of them."""
         kind, rows = self._read(name, shape)[1]
         step = max(16, CHUNK_VALUES // shape[1] // 16 * 16)  # whole panels
-        for start in range(0, shape[0], step):
-            yield expand(kind, rows[start : start + step], self.dtype)
+        return (
+            expand(kind, rows[start : start + step], self.dtype)
+            for start in range(0, shape[0], step)
+        )
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
         """The tensor of that name as stored, for kernels that compute on blocks.
