@@ -73,7 +73,7 @@ def test_drain_loses_nothing_and_logs_hold_no_secrets(command: Command) -> None:
         async with httpx.AsyncClient(
             base_url=command.url, headers=dict(command.http.headers), timeout=120, limits=limits
         ) as client:
-            flying = [asyncio.create_task(stream(client, 16)) for _ in range(200)]
+            flying = [asyncio.create_task(stream(client, 100)) for _ in range(200)]
             while (await client.get("/hasten/stats")).json()["running"] == 0:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)
@@ -110,7 +110,7 @@ def test_second_signal_stops_at_once(command: Command) -> None:
         async with httpx.AsyncClient(
             base_url=command.url, headers=dict(command.http.headers), timeout=60
         ) as client:
-            flying = [asyncio.create_task(stream(client, 400)) for _ in range(8)]
+            flying = [asyncio.create_task(stream(client, 400)) for _ in range(60)]
             await asyncio.sleep(0.5)
             command.signal(signal.SIGINT)
             await asyncio.sleep(0.3)
