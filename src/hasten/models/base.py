@@ -20,10 +20,11 @@ from torch import Tensor
 
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
+from hasten.kernels.embedding import embed
 from hasten.kernels.linear import PackedWeight
 from hasten.kernels.rms_norm import rms_norm
 from hasten.models.facts import Facts
-from hasten.models.layers import Rope, RopeFacts, rope_facts
+from hasten.models.layers import Linear, Rope, RopeFacts, rope_facts, vector
 
 # Larger sizes than any model has; a bound on what a hostile config.json can make us allocate.
 MAX_LAYERS = 4096
@@ -273,3 +274,36 @@ class Decoder(ABC):
         if not len(rows):
             return hidden.rows[:0]
         return self.final_norm(hidden.rows[torch.from_numpy(rows)])
+
+
+class StackedDecoder(Decoder):
+    """Embedding, layers one after the other, a norm and the output matrix, by the names that
+    Llama's checkpoints use. A subclass says what a layer is."""
+
+    layer_class: type[Any]
+    """Made with (config, weights, index, rope); maps (rows [R, H], kv) to the rows after it."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        rope = Rope(config.rope)
+        tokens = {"model.embed_tokens": config.vocab_size}
+        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
+        self.layers = [
+            self.layer_class(config, weights, index, rope) for index in range(config.num_layers)
+        ]
+        self.norm = vector(weights, "model.norm.weight", config.hidden_size)
+        self.output = (
+            Linear(self.embedding)
+            if config.tied
+            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return embed(tokens, self.embedding)
+
+    def layer(self, index: int, hidden: Tensor, kv: KV) -> Tensor:
+        rows: Tensor = self.layers[index](hidden, kv)
+        return rows
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output(self.final_norm(hidden))

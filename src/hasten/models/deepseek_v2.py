@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from hasten.cache.layout import KVLayout, LayerGroup
-from hasten.kernels.embedding import embed
 from hasten.kernels.linear import linear_grouped, pack, pack_grouped
 from hasten.kernels.moe import route
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
-from hasten.models.base import KV, MAX_HEADS, Decoder, ModelConfig, Weights, common_facts
+from hasten.models.base import KV, MAX_HEADS, ModelConfig, StackedDecoder, Weights, common_facts
 from hasten.models.facts import Facts
 from hasten.models.layers import GatedMLP, Linear, Rope, mix, vector
 
@@ -252,25 +251,5 @@ class Layer:
         return hidden + self.mlp(normed)
 
 
-class Model(Decoder):
-    def __init__(self, config: Config, weights: Weights) -> None:
-        self.config = config
-        rope = Rope(config.rope)
-        tokens = {"model.embed_tokens": config.vocab_size}
-        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
-        self.layers = [Layer(config, weights, i, rope) for i in range(config.num_layers)]
-        self.norm = vector(weights, "model.norm.weight", config.hidden_size)
-        self.output = (
-            Linear(self.embedding)
-            if config.tied
-            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
-        )
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        return embed(tokens, self.embedding)
-
-    def layer(self, index: int, hidden: Tensor, kv: KV) -> Tensor:
-        return self.layers[index](hidden, kv)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.output(self.final_norm(hidden))
+class Model(StackedDecoder):
+    layer_class = Layer

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hasten.kernels.embedding import embed
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
-from hasten.models.base import KV, Decoder, ModelConfig, Weights, common_facts, layer_windows
+from hasten.models.base import KV, ModelConfig, StackedDecoder, Weights, common_facts, layer_windows
 from hasten.models.facts import Facts
-from hasten.models.layers import Attention, GatedMLP, Linear, Rope, vector
+from hasten.models.layers import Attention, GatedMLP, Rope, vector
 
 
 def configure(facts: Facts, dtype: torch.dtype) -> ModelConfig:
@@ -53,25 +52,5 @@ class Layer:
         return hidden + self.mlp(normed)
 
 
-class Model(Decoder):
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self.config = config
-        rope = Rope(config.rope)
-        tokens = {"model.embed_tokens": config.vocab_size}
-        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
-        self.layers = [Layer(config, weights, i, rope) for i in range(config.num_layers)]
-        self.norm = vector(weights, "model.norm.weight", config.hidden_size)
-        self.output = (
-            Linear(self.embedding)
-            if config.tied
-            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
-        )
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        return embed(tokens, self.embedding)
-
-    def layer(self, index: int, hidden: Tensor, kv: KV) -> Tensor:
-        return self.layers[index](hidden, kv)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.output(self.final_norm(hidden))
+class Model(StackedDecoder):
+    layer_class = Layer
