@@ -1,0 +1,223 @@
+// Operations on paged keys and values.
+#include <algorithm>
+#include <vector>
+
+#include "bindings.h"
+
+namespace hasten {
+namespace {
+
+// Value pages without columns (padded 0) say that values lie in the keys.
+Pages pages_of(nb::handle k_, nb::handle v_, nb::handle table_, int64_t v_dim) {
+    Tensor k("k_pages", k_), v("v_pages", v_), table("table", table_);
+    k.has_shape({-1, -1, -1, PAGE}).contiguous();
+    const bool in_keys = v.has_dims(4).shape(3) == 0;
+    const int64_t padded = in_keys ? 0 : (v_dim + 15) / 16 * 16;
+    v.has_shape({k.shape(0), k.shape(1), PAGE, padded}).contiguous();
+    if (in_keys && v_dim > k.shape(2))
+        v.fail("are empty, but keys of " + text(k.shape(2)) + " dimensions cannot hold values of " +
+               text(v_dim));
+    if (k.type() != Type::f32 && k.type() != Type::bf16)
+        k.fail_type(std::string("is ") + type_name(k.type()) + ", not float32 or bfloat16");
+    v.is(k.type());
+    table.is(Type::i32).has_dims(3).contiguous();
+    return {k.as<void>(),   v.as<void>(),   k.type() == Type::bf16,
+            k.shape(0),     k.shape(1),     k.shape(2),
+            v_dim,          padded,         table.as<int32_t>(),
+            table.shape(0), table.shape(1), table.shape(2)};
+}
+
+const int32_t* row_ints(const char* name, nb::handle object, int64_t rows) {
+    return Tensor(name, object).is(Type::i32).has_shape({rows}).contiguous().as<int32_t>();
+}
+
+std::string where(const char* name, int64_t i, int64_t value) {
+    return std::string(name) + "[" + text(i) + "] is " + text(value);
+}
+
+void check_table_rows(const int32_t* table_row, int64_t rows, int64_t tables) {
+    for (int64_t i = 0; i < rows; i++)
+        if (table_row[i] < 0 || table_row[i] >= tables)
+            fail(where("table_row", i, table_row[i]) + ", but there are " + text(tables) +
+                 " tables");
+}
+
+// every head group's page of the slot exists
+void check_slot(const char* name, int64_t i, int64_t slot, int64_t table_row, const int32_t* table,
+                int64_t groups, int64_t blocks, int64_t pages) {
+    if (slot < 0 || slot >= blocks * PAGE)
+        fail(where(name, i, slot) + ", but a table has " + text(blocks * PAGE) + " slots");
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t page = table[(table_row * groups + g) * blocks + slot / PAGE];
+        if (page < 0 || page >= pages)
+            fail(where(name, i, slot) + ", but block " + text(slot / PAGE) + " of table " +
+                 text(table_row) + ", head group " + text(g) + ", holds page " + text(page) +
+                 " of " + text(pages));
+    }
+}
+
+void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::handle sin_,
+            nb::handle positions_, nb::handle slots_, nb::handle table_row_, nb::handle table_,
+            nb::handle k_pages_, nb::handle v_pages_) {
+    AppendArgs a{};
+    Tensor q("q", q_), k("k", k_), v("v", v_), cos("cos", cos_), sin("sin", sin_);
+    Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_, v.has_dims(3).shape(2));
+    const int64_t rows = q.has_dims(3).shape(0), kv_heads = g.groups * g.heads;
+    q.is(Type::f32).has_shape({rows, -1, g.dim}).contiguous(1);
+    k.is(Type::f32).has_shape({rows, kv_heads, g.dim}).contiguous(1);
+    v.is(Type::f32).has_shape({rows, kv_heads, g.padded ? g.v_dim : 0}).contiguous(1);
+    cos.is(Type::f32).has_dims(2).contiguous();
+    sin.is(Type::f32).has_shape({cos.shape(0), cos.shape(1)}).contiguous();
+    if (2 * cos.shape(1) > g.dim)
+        cos.fail("rotates " + text(2 * cos.shape(1)) + " of " + text(g.dim) + " dimensions");
+    a.q = q.floats(), a.q_stride = q.stride(0), a.q_heads = q.shape(1);
+    a.k = k.floats(), a.k_stride = k.stride(0);
+    a.v = v.floats(), a.v_stride = v.stride(0);
+    a.cos = cos.floats(), a.sin = sin.floats(), a.half = cos.shape(1), a.rows = rows;
+    a.positions = row_ints("positions", positions_, rows);
+    a.slots = row_ints("slots", slots_, rows);
+    a.table_row = row_ints("table_row", table_row_, rows);
+    check_table_rows(a.table_row, rows, g.tables);
+    for (int64_t i = 0; i < rows; i++) {
+        if (a.positions[i] < 0 || a.positions[i] >= cos.shape(0))
+            fail(where("positions", i, a.positions[i]) + ", but cos has " + text(cos.shape(0)) +
+                 " rows");
+        check_slot("slots", i, a.slots[i], a.table_row[i], g.table, g.groups, g.blocks, g.pages);
+    }
+    launch([a] { kernels().append(a); });
+}
+
+void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::handle table_,
+               nb::handle table_row_, nb::handle positions_, nb::handle base_, nb::handle mask_,
+               float scale, int64_t window, int64_t sinks, float cap, nb::handle out_,
+               nb::handle lse_) {
+    AttentionArgs a{};
+    Tensor q("q", q_), mask("mask", mask_), out("out", out_);
+    const Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_, out.has_dims(3).shape(2));
+    const int64_t rows = q.has_dims(3).shape(0), kv_heads = g.groups * g.heads;
+    q.is(Type::f32).has_shape({rows, -1, g.dim}).contiguous(1);
+    const int64_t q_heads = q.shape(1);
+    if (kv_heads == 0 || q_heads % kv_heads)
+        q.fail("has " + text(q_heads) + " heads, no multiple of the " + text(kv_heads) +
+               " KV heads");
+    mask.is(Type::u64).has_shape({rows, -1}).contiguous();
+    out.is(Type::f32).has_shape({rows, q_heads, g.v_dim}).contiguous();
+    a.q = q.floats(), a.q_stride = q.stride(0), a.q_heads = q_heads, a.rows = rows;
+    a.table_row = row_ints("table_row", table_row_, rows);
+    a.positions = row_ints("positions", positions_, rows);
+    a.base = row_ints("base", base_, rows);
+    a.mask = mask.as<uint64_t>(), a.words = mask.shape(1);
+    a.scale = scale, a.softcap = cap, a.window = window, a.sinks = sinks;
+    if (window < 0 || sinks < 0) fail("window and sinks cannot be negative");
+    if (!(cap >= 0.0f)) fail("the soft cap must be positive");
+    a.out = out.floats();
+    if (!lse_.is_none())
+        a.lse = Tensor("lse", lse_).is(Type::f32).has_shape({rows, q_heads}).contiguous().floats();
+
+    check_table_rows(a.table_row, rows, g.tables);
+    const int64_t slots = g.blocks * PAGE, tile_queries = 16;
+    const int64_t tile_rows = std::max<int64_t>(1, tile_queries * kv_heads / std::max<int64_t>(1, q_heads));
+    std::vector<int64_t> starts;
+    for (int64_t i = 0; i < rows; i++) {
+        if (a.base[i] < 0 || a.base[i] > slots)
+            fail(where("base", i, a.base[i]) + ", but a table has " + text(slots) + " slots");
+        int64_t count = 0, last = -1;
+        for (int64_t w = 0; w < a.words; w++)
+            if (const uint64_t bits = a.mask[i * a.words + w]) {
+                count += __builtin_popcountll(bits);
+                last = w * 64 + 63 - __builtin_clzll(bits);
+            }
+        if (a.base[i] + last >= slots)
+            fail("mask of row " + text(i) + " reaches slot " + text(a.base[i] + last) +
+                 ", but a table has " + text(slots) + " slots");
+        if (count && a.positions[i] - count + 1 < a.base[i])
+            fail("row " + text(i) + " at position " + text(a.positions[i]) + " has a path of " +
+                 text(count) + " nodes, which would begin before its base " + text(a.base[i]));
+        if (starts.empty() || a.table_row[i] != a.table_row[i - 1] ||
+            i - starts.back() == tile_rows)
+            starts.push_back(i);
+        a.work += (a.base[i] + count) * q_heads * (g.dim + g.v_dim);
+    }
+    starts.push_back(rows);
+    a.tile_start = starts.data();
+    a.tiles = int64_t(starts.size()) - 1;
+    int64_t missing = 0;
+    a.missing = &missing;
+    {
+        nb::gil_scoped_release release;
+        kernels().attention(a);
+    }
+    if (missing) {
+        const int64_t row = (missing - 1) / g.blocks, block = (missing - 1) % g.blocks;
+        fail("row " + text(row) + " (or one after it in its sequence) reads block " + text(block) +
+             " of table " + text(a.table_row[row]) + ", which holds no valid page");
+    }
+}
+
+void check_pages(const Tensor& ids, const char* name, int64_t pages) {
+    for (int64_t i = 0; i < ids.shape(0); i++) {
+        const int64_t page = ids.as<int64_t>()[i];
+        if (page < 0 || page >= pages)
+            fail(where(name, i, page) + ", but there are " + text(pages) + " pages");
+    }
+}
+
+void check_storage(Tensor& k, Tensor& v) {
+    k.has_shape({-1, -1, -1, -1, PAGE}).contiguous();
+    v.has_shape({k.shape(0), k.shape(1), k.shape(2), PAGE, -1}).contiguous();
+    if (k.type() != Type::f32 && k.type() != Type::bf16)
+        k.fail_type(std::string("is ") + type_name(k.type()) + ", not float32 or bfloat16");
+    v.is(k.type());
+}
+
+void copy_pages_(nb::handle k_, nb::handle v_, nb::handle src_, nb::handle dst_) {
+    Tensor k("k", k_), v("v", v_), src("src", src_), dst("dst", dst_);
+    check_storage(k, v);
+    src.is(Type::i64).has_dims(1).contiguous();
+    dst.is(Type::i64).has_shape({src.shape(0)}).contiguous();
+    check_pages(src, "src", k.shape(1));
+    check_pages(dst, "dst", k.shape(1));
+    const int64_t item = k.type() == Type::bf16 ? 2 : 4, layers = k.shape(0), pages = k.shape(1);
+    const int64_t *from = src.as<int64_t>(), *to = dst.as<int64_t>();
+    nb::gil_scoped_release release;
+    copy_pages(k.as<char>(), layers, pages, k.shape(2) * k.shape(3) * PAGE * item, from, to,
+               src.shape(0));
+    copy_pages(v.as<char>(), layers, pages, v.shape(2) * PAGE * v.shape(4) * item, from, to,
+               src.shape(0));
+}
+
+void move_slots_(nb::handle k_, nb::handle v_, nb::handle table_, nb::handle table_row_,
+                 nb::handle src_, nb::handle dst_) {
+    Tensor k("k", k_), v("v", v_), table("table", table_), rows("table_row", table_row_);
+    check_storage(k, v);
+    table.is(Type::i32).has_dims(3).contiguous();
+    rows.is(Type::i32).has_dims(1).contiguous();
+    MoveArgs a{k.as<void>(), v.as<void>(), k.shape(0), k.shape(1), k.shape(2), k.shape(3),
+               v.shape(4), k.type() == Type::bf16 ? 2 : 4, table.as<int32_t>(), table.shape(1),
+               table.shape(2), rows.as<int32_t>(), nullptr, nullptr, rows.shape(0)};
+    a.src = row_ints("src_slot", src_, a.count);
+    a.dst = row_ints("dst_slot", dst_, a.count);
+    check_table_rows(a.table_row, a.count, table.shape(0));
+    for (int64_t i = 0; i < a.count; i++) {
+        check_slot("src_slot", i, a.src[i], a.table_row[i], a.table, a.groups, a.blocks, a.pages);
+        check_slot("dst_slot", i, a.dst[i], a.table_row[i], a.table, a.groups, a.blocks, a.pages);
+    }
+    nb::gil_scoped_release release;
+    move_slots(a);
+}
+
+}  // namespace
+
+void bind_pages(nb::module_& m) {
+    using namespace nanobind::literals;
+    m.def("append", &append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a,
+          "table_row"_a, "table"_a, "k_pages"_a, "v_pages"_a);
+    m.def("paged_attention", &attention, "q"_a, "k_pages"_a, "v_pages"_a, "table"_a,
+          "table_row"_a, "positions"_a, "base"_a, "mask"_a, "scale"_a, "window"_a, "sinks"_a,
+          "softcap"_a, "out"_a, "lse"_a.none());
+    m.def("copy_pages", &copy_pages_, "k"_a, "v"_a, "src"_a, "dst"_a);
+    m.def("move_slots", &move_slots_, "k"_a, "v"_a, "table"_a, "table_row"_a, "src_slot"_a,
+          "dst_slot"_a);
+}
+
+}  // namespace hasten

@@ -1,0 +1,112 @@
+// Operations on rows of activations.
+#include "bindings.h"
+
+namespace hasten {
+namespace {
+
+// [..., size] with up to three dimensions as [outer, inner, size]
+struct Rows {
+    int64_t outer, inner, size, outer_stride, inner_stride;
+};
+
+Rows rows_of(Tensor& x) {
+    if (x.ndim() < 1 || x.ndim() > 3) x.fail("has shape " + x.shape_text() + ", not 1 to 3 dimensions");
+    const int last = x.ndim() - 1;
+    x.is(Type::f32).contiguous(last);
+    Rows r{1, 1, x.shape(last), 0, 0};
+    if (last >= 1) r.inner = x.shape(last - 1), r.inner_stride = x.stride(last - 1);
+    if (last >= 2) r.outer = x.shape(0), r.outer_stride = x.stride(0);
+    return r;
+}
+
+void same_shape(Tensor& a, const Tensor& b) {
+    bool same = a.ndim() == b.ndim();
+    for (int i = 0; same && i < a.ndim(); i++) same = a.shape(i) == b.shape(i);
+    if (!same) a.fail("has shape " + a.shape_text() + ", not " + b.shape_text());
+}
+
+void rms_norm(nb::handle x_, nb::handle residual_, nb::handle weight_, float eps, nb::handle out_,
+              nb::handle sum_) {
+    Tensor x("x", x_), weight("weight", weight_), out("out", out_);
+    const Rows r = rows_of(x);
+    weight.is(Type::f32).has_shape({r.size}).contiguous();
+    same_shape(out.is(Type::f32).contiguous(), x);
+    NormArgs a{x.floats(), r.outer_stride, r.inner_stride, nullptr, 0, 0, weight.floats(), eps,
+               r.outer, r.inner, r.size, out.floats(), nullptr};
+    if (!residual_.is_none()) {
+        Tensor residual("residual", residual_), sum("sum", sum_);
+        const Rows s = rows_of(residual);
+        same_shape(residual, x);
+        same_shape(sum.is(Type::f32).contiguous(), x);
+        a.residual = residual.floats();
+        a.residual_outer = s.outer_stride;
+        a.residual_inner = s.inner_stride;
+        a.sum = sum.floats();
+    }
+    launch([a] { kernels().rms_norm(a); });
+}
+
+void gated(nb::handle x_, bool gelu, nb::handle out_) {
+    Tensor x("x", x_), out("out", out_);
+    x.is(Type::f32).has_dims(2).contiguous(1);
+    if (x.shape(1) % 2) x.fail("has an odd number of columns, not a gate and an up half");
+    out.is(Type::f32).has_shape({x.shape(0), x.shape(1) / 2}).contiguous();
+    GatedArgs a{x.floats(), x.stride(0), x.shape(0), x.shape(1) / 2, gelu, out.floats()};
+    launch([a] { kernels().gated(a); });
+}
+
+void softcap(nb::handle x_, float cap, nb::handle out_) {
+    Tensor x("x", x_), out("out", out_);
+    x.is(Type::f32).contiguous();
+    same_shape(out.is(Type::f32).contiguous(), x);
+    if (!(cap > 0.0f)) fail("the cap must be positive");
+    const SoftcapArgs a{x.floats(), x.size(), cap, out.floats()};
+    launch([a] { kernels().softcap(a); });
+}
+
+void row_max_lse(nb::handle x_, nb::handle argmax_, nb::handle max_, nb::handle lse_) {
+    Tensor x("logits", x_), argmax("argmax", argmax_), max("max", max_), lse("lse", lse_);
+    x.is(Type::f32).has_dims(2).contiguous(1);
+    if (x.shape(1) < 1) x.fail("has no columns");
+    const int64_t rows = x.shape(0);
+    argmax.is(Type::i64).has_shape({rows}).contiguous();
+    max.is(Type::f32).has_shape({rows}).contiguous();
+    lse.is(Type::f32).has_shape({rows}).contiguous();
+    MaxLseArgs a{x.floats(), x.stride(0), rows, x.shape(1), argmax.as<int64_t>(), max.floats(),
+                 lse.floats()};
+    launch([a] { kernels().row_max_lse(a); });
+}
+
+void route(nb::handle x_, int64_t top, bool normalize, nb::handle ids_, nb::handle weights_,
+           int64_t groups, int64_t top_groups) {
+    Tensor x("router_logits", x_), ids("ids", ids_), weights("weights", weights_);
+    x.is(Type::f32).has_dims(2).contiguous(1);
+    const int64_t experts = x.shape(1);
+    if (groups < 1 || experts % groups || top_groups < 1 || top_groups > groups)
+        fail("cannot choose " + text(top_groups) + " of " + text(groups) + " equal groups of " +
+             text(experts) + " experts");
+    const int64_t most = experts / groups * top_groups;
+    if (top < 1 || top > most)
+        fail("k is " + text(top) + ", but there are " + text(most) + " experts" +
+             (groups > 1 ? " in the chosen groups" : ""));
+    ids.is(Type::i32).has_shape({x.shape(0), top}).contiguous();
+    weights.is(Type::f32).has_shape({x.shape(0), top}).contiguous();
+    RouteArgs a{x.floats(), x.stride(0), x.shape(0), experts, top, normalize,
+                ids.as<int32_t>(), weights.floats(), groups, top_groups};
+    launch([a] { kernels().route(a); });
+}
+
+}  // namespace
+
+void bind_rows(nb::module_& m) {
+    using namespace nanobind::literals;
+    m.def("rms_norm", &rms_norm, "x"_a, "residual"_a.none(), "weight"_a, "eps"_a, "out"_a,
+          "sum"_a.none());
+    m.def("gated", &gated, "x"_a, "gelu"_a, "out"_a);
+    m.def("softcap", &softcap, "x"_a, "cap"_a, "out"_a);
+    m.def("row_max_lse", &row_max_lse, "logits"_a, "argmax"_a, "max"_a, "lse"_a);
+    m.def("route", &route, "router_logits"_a, "k"_a, "normalize"_a, "ids"_a, "weights"_a,
+          "groups"_a = 1, "top_groups"_a = 1);
+}
+
+}  // namespace hasten
