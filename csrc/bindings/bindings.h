@@ -15,9 +15,11 @@ inline std::string text(int64_t x) { return std::to_string(x); }
 
 [[noreturn]] inline void fail(const std::string& what) { throw nb::value_error(what.c_str()); }
 
-// Runs an operation whose arguments are checked. `call` holds them by value.
+// Runs an operation whose arguments are checked. `call` holds them by value; `bytes` of weights,
+// keys and values is what it reads from memory.
 template <class Call>
-void launch(const Call& call) {
+void launch(const char* op, int64_t bytes, const Call& call) {
+    (void)op, (void)bytes;
     nb::gil_scoped_release release;
     call();
 }

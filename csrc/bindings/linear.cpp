@@ -27,7 +27,7 @@ void linear(nb::handle x_, nb::handle w_, int64_t n, nb::handle bias_, nb::handl
                  out.floats(), out.stride(0)};
     if (!bias_.is_none())
         a.bias = Tensor("bias", bias_).is(Type::f32).has_shape({n}).contiguous().floats();
-    launch([a] { kernels().linear(a); });
+    launch("linear", a.parts * (a.n + 15) / 16 * 16 * a.k * (a.w_bf16 ? 2 : 4), [a] { kernels().linear(a); });
 }
 
 void linear_grouped(nb::handle x_, nb::handle w_, int64_t n, nb::handle out_) {
@@ -41,7 +41,7 @@ void linear_grouped(nb::handle x_, nb::handle w_, int64_t n, nb::handle out_) {
     LinearArgs a{x.floats(), x.stride(0), x.shape(0), k, n, w.as<void>(), w.type() == Type::bf16,
                  nullptr, out.floats(), out.stride(0)};
     a.parts = groups, a.x_part = x.stride(1), a.out_part = out.stride(1);
-    launch([a] { kernels().linear(a); });
+    launch("linear", a.parts * (a.n + 15) / 16 * 16 * a.k * (a.w_bf16 ? 2 : 4), [a] { kernels().linear(a); });
 }
 
 void pack_(nb::handle w_, nb::handle out_) {

@@ -84,7 +84,7 @@ void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::ha
                  " rows");
         check_slot("slots", i, a.slots[i], a.table_row[i], g.table, g.groups, g.blocks, g.pages);
     }
-    launch([a] { kernels().append(a); });
+    launch("append", 0, [a] { kernels().append(a); });
 }
 
 void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::handle table_,

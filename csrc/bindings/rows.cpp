@@ -43,7 +43,7 @@ void rms_norm(nb::handle x_, nb::handle residual_, nb::handle weight_, float eps
         a.residual_inner = s.inner_stride;
         a.sum = sum.floats();
     }
-    launch([a] { kernels().rms_norm(a); });
+    launch("rms_norm", 0, [a] { kernels().rms_norm(a); });
 }
 
 void gated(nb::handle x_, bool gelu, nb::handle out_) {
@@ -52,7 +52,7 @@ void gated(nb::handle x_, bool gelu, nb::handle out_) {
     if (x.shape(1) % 2) x.fail("has an odd number of columns, not a gate and an up half");
     out.is(Type::f32).has_shape({x.shape(0), x.shape(1) / 2}).contiguous();
     GatedArgs a{x.floats(), x.stride(0), x.shape(0), x.shape(1) / 2, gelu, out.floats()};
-    launch([a] { kernels().gated(a); });
+    launch("gated", 0, [a] { kernels().gated(a); });
 }
 
 void softcap(nb::handle x_, float cap, nb::handle out_) {
@@ -61,7 +61,7 @@ void softcap(nb::handle x_, float cap, nb::handle out_) {
     same_shape(out.is(Type::f32).contiguous(), x);
     if (!(cap > 0.0f)) fail("the cap must be positive");
     const SoftcapArgs a{x.floats(), x.size(), cap, out.floats()};
-    launch([a] { kernels().softcap(a); });
+    launch("softcap", 0, [a] { kernels().softcap(a); });
 }
 
 void row_max_lse(nb::handle x_, nb::handle argmax_, nb::handle max_, nb::handle lse_) {
@@ -74,7 +74,7 @@ void row_max_lse(nb::handle x_, nb::handle argmax_, nb::handle max_, nb::handle 
     lse.is(Type::f32).has_shape({rows}).contiguous();
     MaxLseArgs a{x.floats(), x.stride(0), rows, x.shape(1), argmax.as<int64_t>(), max.floats(),
                  lse.floats()};
-    launch([a] { kernels().row_max_lse(a); });
+    launch("row_max_lse", 0, [a] { kernels().row_max_lse(a); });
 }
 
 void route(nb::handle x_, int64_t top, bool normalize, nb::handle ids_, nb::handle weights_,
@@ -93,7 +93,7 @@ void route(nb::handle x_, int64_t top, bool normalize, nb::handle ids_, nb::hand
     weights.is(Type::f32).has_shape({x.shape(0), top}).contiguous();
     RouteArgs a{x.floats(), x.stride(0), x.shape(0), experts, top, normalize,
                 ids.as<int32_t>(), weights.floats(), groups, top_groups};
-    launch([a] { kernels().route(a); });
+    launch("route", 0, [a] { kernels().route(a); });
 }
 
 }  // namespace
