@@ -2,6 +2,7 @@
 // them without the GIL.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 
 #include "../kernels.h"
@@ -13,10 +14,12 @@ namespace hasten {
 
 inline std::string text(int64_t x) { return std::to_string(x); }
 
-[[noreturn]] inline void fail(const std::string& what) { throw nb::value_error(what.c_str()); }
+// A ValueError; thrown inside of a launched call, too, where nobody holds the GIL.
+[[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
 
-// Runs an operation whose arguments are checked. `call` holds them by value; `bytes` of weights,
-// keys and values is what it reads from memory.
+// Runs an operation whose arguments have the right types and shapes. `call` holds them by value and
+// checks what arrays of row numbers say, since it may run again when they say something else.
+// `bytes` of weights, keys and values is what it reads from memory.
 template <class Call>
 void launch(const char* op, int64_t bytes, const Call& call) {
     (void)op, (void)bytes;
