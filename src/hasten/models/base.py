@@ -23,6 +23,7 @@ from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
 from hasten.kernels.linear import PackedWeight
 from hasten.kernels.rms_norm import rms_norm
+from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
 from hasten.models.layers import Linear, Rope, RopeFacts, rope_facts, vector
 
@@ -267,13 +268,13 @@ class Decoder(ABC):
         """Logits float32 [n, V] of the wanted rows, in their order."""
         if len(wanted) == len(hidden.rows):
             return self.head(hidden.rows)  # wanted is ascending and unique: all rows
-        return self.head(hidden.rows[torch.from_numpy(wanted)])
+        return self.head(take_rows(hidden.rows, torch.from_numpy(wanted)))
 
     def embeddings(self, hidden: Hidden, rows: NDArray[Any]) -> Tensor:
         """Normed last hidden states float32 [n, H] of some rows: embeddings, not normalised."""
         if not len(rows):
             return hidden.rows[:0]
-        return self.final_norm(hidden.rows[torch.from_numpy(rows)])
+        return self.final_norm(take_rows(hidden.rows, torch.from_numpy(rows)))
 
 
 class StackedDecoder(Decoder):

@@ -14,6 +14,7 @@ from torch import Tensor
 from hasten.kernels.activation import softcap
 from hasten.kernels.embedding import embed
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
+from hasten.kernels.rows import scale
 from hasten.models.base import KV, Decoder, ModelConfig, Weights, common_facts, layer_windows
 from hasten.models.facts import Facts
 from hasten.models.layers import Attention, GatedMLP, Linear, Rope, vector
@@ -86,7 +87,7 @@ class Layer:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         attended = rms_norm(attended, self.attended_norm, self.eps)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
-        return hidden + rms_norm(self.mlp(normed), self.fed_norm, self.eps)
+        return rms_norm(self.mlp(normed), self.fed_norm, self.eps, add=hidden)
 
 
 class Model(Decoder):
@@ -107,7 +108,7 @@ class Model(Decoder):
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return embed(tokens, self.embedding) * self.embedding_scale
+        return scale(embed(tokens, self.embedding), self.embedding_scale)
 
     def layer(self, index: int, hidden: Tensor, kv: KV) -> Tensor:
         return self.layers[index](hidden, kv)
