@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hasten.kernels.linear import Weight
 from hasten.models.facts import CheckpointError, read_json
-from hasten.weights.base import WeightFormat
+from hasten.weights.base import Matrix, WeightFormat
 from hasten.weights.checkpoint import Checkpoint
 
 REOPEN_BYTES = 512 << 20  # read so much through one memory map, then let its pages go
@@ -98,6 +99,9 @@ class SafetensorsWeights:
 
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
         return iter([self.get(name, shape)])  # lies in the mapped file
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        return None
 
     def _account(self, name: str, nbytes: int) -> None:
         file = self._files[name]

@@ -51,9 +51,10 @@ class Linear:
         inputs: int,
         bias: bool = False,
         role: Role = "layer",
+        gated: bool = False,
     ) -> Linear:
         """Stack the checkpoint's ``<name>.weight`` [rows, inputs], in the order of ``outputs``."""
-        packed = weights.format.matrix(weights, Matrix(outputs, inputs, role))
+        packed = weights.format.matrix(weights, Matrix(outputs, inputs, role, gated))
         if not bias:
             return cls(packed)
         biases = [vector(weights, f"{name}.bias", rows) for name, rows in outputs.items()]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import hasten.models
 from hasten.decoding.params import SamplingParams
+from hasten.kernels.linear import Weight
 from hasten.models.base import Decoder, ModelConfig
 from hasten.models.checkpoint import SafetensorsWeights
 from hasten.models.facts import CheckpointError, Facts, read_json
@@ -28,7 +29,8 @@ from hasten.models.gguf.architectures import facts_of, recommended
 from hasten.models.gguf.file import GGUF, is_gguf
 from hasten.models.gguf.places import file_of, parts_of
 from hasten.models.gguf.weights import GGUFWeights
-from hasten.weights.base import WeightFormat
+from hasten.weights.base import Matrix, WeightFormat
+from hasten.weights.checkpoint import Checkpoint
 
 __all__ = ["CheckpointError", "architectures", "load_config", "load_model", "locate"]
 
@@ -123,15 +125,18 @@ def load_model(
 ) -> Decoder:
     """Read a checkpoint in the Hugging Face layout or a GGUF file.
 
-    ``dtype`` is that of the matrices: float32, bfloat16, or None for the checkpoint's own
-    (float16 widens to float32, blocks to bfloat16). With ``progress`` a bar is drawn if standard
-    error is a terminal.
+    ``format`` is the form in which matrices are held, by default that in which they are stored
+    (float16 widens to float32); ``dtype``, float32 or bfloat16, is short for the format that holds
+    them in this type. With ``progress`` a bar is drawn if standard error is a terminal.
     ``max_length`` is the longest sequence that will run, None = what the model was made for: a
-    model with LongRoPE is another one within its original context. ``format`` is the form in which
-    matrices are held, by default as they are read.
+    model with LongRoPE is another one within its original context.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"weights are held as float32 or bfloat16, not {dtype}")
+    if dtype is not None:
+        if format is not None or dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"weights are held as float32 or bfloat16, not {dtype} and {format}")
+        format = Checkpoint(str(dtype).removeprefix("torch."))
+    format = format or Checkpoint()
+    dtype = format.torch_dtype
     folder = locate(path_or_hub_id)
     source = _opened(folder)
     facts = read_facts(source)
@@ -261,6 +266,12 @@ class _Counted:
                 yield part
 
         return counted()
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        weight = self._weights.stored(wanted)
+        if weight is not None:
+            self._advance(weight.nbytes)
+        return weight
 
 
 @contextmanager
