@@ -21,7 +21,7 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
-from hasten.kernels.linear import Weight
+from hasten.kernels.linear import ExpertWeights, Weight
 from hasten.kernels.rms_norm import rms_norm
 from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
@@ -197,6 +197,8 @@ def _collect(part: Any, found: dict[int, Weight]) -> None:
     """All packed weights that an object holds, directly or in its parts."""
     if isinstance(part, Weight):
         found[id(part)] = part
+    elif isinstance(part, ExpertWeights):
+        _collect(part.weights, found)
     elif isinstance(part, list | tuple):
         for inner in part:
             _collect(inner, found)
@@ -224,8 +226,9 @@ class Decoder(ABC):
         """
         found: dict[int, Weight] = {}
         _collect(self, found)
-        unread = 0 if self.config.tied else self.embedding.nbytes
-        return sum(w.nbytes for w in found.values()) - unread
+        if not self.config.tied:
+            del found[id(self.embedding)]
+        return sum(w.nbytes for w in found.values())
 
     @cached_property
     def parameters(self) -> int:

@@ -44,4 +44,6 @@ class Checkpoint:
     def matrix(self, source: Weights, wanted: Matrix) -> Weight:
         if self.dtype == "auto" and (stored := source.stored(wanted)) is not None:
             return stored
-        return pack_rows(wanted.read(source), wanted.rows, wanted.inputs, source.dtype)
+        return pack_rows(
+            wanted.read(source), wanted.rows, wanted.inputs, source.dtype, gated=wanted.gated
+        )

@@ -29,9 +29,10 @@ SHARD_BYTES = 512 << 20
 def compress(model: str | Path, out: Path, chosen: WeightFormat, progress: bool = False) -> int:
     """Write the checkpoint ``model`` with its matrices in the form ``chosen`` to a new folder.
 
-    Returns the bytes of its tensors. Tokenizer and settings are copied; tensors that the model does not use are left out. Whatever
-    goes wrong, nothing half-written remains. Raises a CheckpointError if the model cannot be
-    loaded or is not a checkpoint in the Hugging Face layout, FileExistsError if ``out`` exists.
+    Returns the bytes of its tensors. Tokenizer and settings are copied; tensors that the model
+    does not use are left out. Whatever goes wrong, nothing half-written remains. Raises a
+    CheckpointError if the model cannot be loaded or is not a checkpoint in the Hugging Face
+    layout, FileExistsError if ``out`` exists.
     """
     folder = locate(model)
     if not folder.is_dir():

@@ -128,7 +128,9 @@ class Int4Form:
 def quantized(form: Form | None, source: Weights, wanted: Matrix) -> Weight:
     """A matrix rounded from a checkpoint's numbers; without a form in the type of the source."""
     if form is None:
-        return pack_rows(wanted.read(source), wanted.rows, wanted.inputs, source.dtype)
+        return pack_rows(
+            wanted.read(source), wanted.rows, wanted.inputs, source.dtype, gated=wanted.gated
+        )
     return form.pack(quantized_rows(form, source, wanted), wanted)
 
 
