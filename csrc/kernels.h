@@ -22,6 +22,27 @@ struct LinearArgs {
     int64_t parts = 1, x_part = 0, out_part = 0;
 };
 
+enum class Gate { none, silu, gelu_tanh };
+
+// One matrix and the rows that go through it.
+struct LinearPart {
+    const float* x;  // [rows, k]
+    int64_t rows;
+    const void* w;      // packed [n, k]
+    const float* bias;  // [n] or null
+    const float* add;   // [rows, n] or null, added last
+    float* out;         // [rows, n], or [rows, n / 2] with a gate
+};
+
+// Weights of 8 and 4 bits: streams as hasten.kernels.linear.quantized describes them.
+struct QuantizedArgs {
+    int64_t n, k;
+    int64_t group;    // inputs that share a scale; k for int8
+    bool asymmetric;  // int4 with a zero beside each scale
+    Gate gate = Gate::none;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
+};
+
 struct NormArgs {
     const float* x;  // [outer, inner, size]
     int64_t x_outer, x_inner;
@@ -104,6 +125,8 @@ struct AttentionArgs {
 
 struct Kernels {
     void (*linear)(const LinearArgs&);
+    void (*linear_int8)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_int4)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
     void (*rms_norm)(const NormArgs&);
     void (*gated)(const GatedArgs&);
     void (*softcap)(const SoftcapArgs&);

@@ -17,7 +17,7 @@ namespace HASTEN_LEVEL {
 
 // Rows of quantized activations. Sums of codes correct for weights that are stored unsigned.
 struct Activations {
-    int8_t* codes;   // [rows][stride], zeros from k to a multiple of 4
+    int8_t* codes;   // [rows][stride], zeros from k to a multiple of 16
     float* scales;   // [rows][blocks]
     int32_t* sums;   // [rows][blocks], sum of a block's codes
     int64_t stride, blocks;
@@ -76,7 +76,7 @@ HASTEN_INLINE void quantize_row(const float* x, int64_t k, int64_t block, const 
     for (int64_t b = 0; b < a.blocks; b++)
         quantize_block(x + b * block, block, codes + b * block, a.scales + row * a.blocks + b,
                        a.sums + row * a.blocks + b);
-    for (int64_t i = k; i % 4; i++) codes[i] = 0;
+    for (int64_t i = k; i % 16; i++) codes[i] = 0;
 }
 
 }  // namespace HASTEN_LEVEL

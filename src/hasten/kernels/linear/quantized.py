@@ -4,7 +4,7 @@ A weight is one stream of bytes, cut into *strips* of up to 4 panels of 16 outpu
 has the panels that are left). Inside a strip everything that belongs to an input stands together
 for all its outputs, so that a kernel reads memory from front to back:
 
-- int8: codes + 128 as bytes [ceil(K / 4)][panels][16 outputs][4 inputs], then scales float32
+- int8: codes + 128 as bytes [4 * ceil(K / 16)][panels][16 outputs][4 inputs], then scales float32
   [panels][16]. Inputs beyond K are met by zero activations.
 - int4, for each group of inputs: codes [group / 8][panels][16 outputs][4], where byte j holds the
   code of input j in its low half and that of input j + 4 in its high half; then scales float16
@@ -103,7 +103,7 @@ def panels_of(n: int, gated: bool) -> int:
 def stream_bytes(w: Quantized) -> int:
     """Bytes of the stream of one weight (of each expert)."""
     if isinstance(w, Int8Weight):
-        panel = PANEL * (-(-w.k // 4) * 4 + 4)
+        panel = PANEL * (-(-w.k // 16) * 16 + 4)
     else:
         panel = PANEL * (w.k // w.group) * (w.group // 2 + 2 + w.asymmetric)
     return panels_of(w.n, w.gated) * panel
