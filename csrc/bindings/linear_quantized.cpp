@@ -1,37 +1,87 @@
 // Linear layers on weights of 8 and 4 bits, and what reads and writes those weights.
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <vector>
+
 #include "../streams.h"
-#include "bindings.h"
+#include "experts.h"
 
 namespace hasten {
 namespace {
+
+void check_shape(const Stream& s) {
+    if (s.group != 0 && s.group != 32 && s.group != 64 && s.group != 128)
+        fail("groups of an int4 weight have 32, 64 or 128 inputs, not " + text(s.group));
+    if (s.n < 0 || s.k < 1 || (s.group ? s.k % s.group : s.k > int64_t(1) << 17) ||
+        (s.gated && s.n % 2))
+        fail("w cannot have " + text(s.n) + " outputs of " + text(s.k) + " inputs");
+}
 
 // A weight and what it is made of; group 0: int8.
 Stream stream(nb::handle data_, int64_t n, int64_t k, int64_t group, bool asymmetric, bool gated) {
     Tensor data("w", data_);
     data.is(Type::u8).has_dims(1).contiguous();
-    if (group != 0 && group != 32 && group != 64 && group != 128)
-        fail("groups of an int4 weight have 32, 64 or 128 inputs, not " + text(group));
-    if (n < 0 || k < 1 || (group && k % group) || k > int64_t(1) << 17 || (gated && n % 2))
-        fail("w cannot have " + text(n) + " outputs of " + text(k) + " inputs");
-    Stream s{data.as<uint8_t>(), n, k, group, asymmetric, gated};
+    const Stream s{data.as<uint8_t>(), n, k, group, asymmetric, gated};
+    check_shape(s);
     if (s.bytes() != data.size())
         data.fail("has " + text(data.size()) + " bytes, not " + text(s.bytes()));
     return s;
 }
 
-void linear_quantized(nb::handle x_, nb::handle w_, int64_t n, int64_t k, int64_t group, bool asymmetric,
-            nb::handle bias_, nb::handle out_) {
+QuantizedArgs args(const Stream& w) { return {w.n, w.k, w.group, w.asymmetric}; }
+
+void run(const QuantizedArgs& a, const LinearPart* parts, int64_t count) {
+    (a.group ? kernels().linear_int4 : kernels().linear_int8)(a, parts, count);
+}
+
+void linear_quantized(nb::handle x_, nb::handle w_, int64_t n, int64_t k, int64_t group,
+                      bool asymmetric, nb::handle bias_, nb::handle add_, nb::handle out_) {
     const Stream w = stream(w_, n, k, group, asymmetric, false);
     Tensor x("x", x_), out("out", out_);
     x.is(Type::f32).has_shape({-1, k}).contiguous(1);
     out.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1);
-    QuantizedArgs a{n, k, group, asymmetric};
+    QuantizedArgs a = args(w);
+    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
     a.x_stride = x.stride(0), a.out_stride = out.stride(0);
-    LinearPart part{x.floats(), x.shape(0), w.data, nullptr, nullptr, out.floats()};
-    if (!bias_.is_none())
-        part.bias = Tensor("bias", bias_).is(Type::f32).has_shape({n}).contiguous().floats();
-    launch("linear", w.bytes(), [a, part] {
-        (a.group ? kernels().linear_int4 : kernels().linear_int8)(a, &part, 1);
+    if (!add_.is_none()) {
+        Tensor add("add", add_);
+        part.add = add.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1).floats();
+        a.add_stride = add.stride(0);
+    }
+    launch("linear", w.bytes(), [a, part] { run(a, &part, 1); });
+}
+
+void linear_quantized_gated(nb::handle x_, nb::handle w_, int64_t n, int64_t k, int64_t group,
+                            bool asymmetric, nb::handle bias_, const std::string& kind,
+                            nb::handle out_) {
+    const Stream w = stream(w_, n, k, group, asymmetric, true);
+    Tensor x("x", x_), out("out", out_);
+    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
+    out.is(Type::f32).has_shape({x.shape(0), n / 2}).contiguous(1);
+    QuantizedArgs a = args(w);
+    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
+    a.gate = gate_of(kind);
+    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
+    launch("linear_gated", w.bytes(), [a, part] { run(a, &part, 1); });
+}
+
+void linear_quantized_experts(nb::handle x_, const TensorList& weights, int64_t n, int64_t k,
+                              int64_t group, bool asymmetric, nb::handle kind_, nb::handle offsets_,
+                              nb::handle out_) {
+    const bool gated = !kind_.is_none();
+    const Stream w{nullptr, n, k, group, asymmetric, gated};
+    check_shape(w);
+    if (weights.type() != Type::u8 || weights.shape() != std::vector{w.bytes()})
+        fail("the experts' weights are not [" + text(n) + ", " + text(k) + "] in " +
+             text(w.bytes()) + " bytes");
+    QuantizedArgs a = args(w);
+    if (gated) a.gate = gate_of(nb::cast<std::string>(kind_));
+    const ExpertRows rows(x_, weights, k, offsets_, gated ? n / 2 : n, out_);
+    a.x_stride = rows.x_stride, a.out_stride = rows.out_stride;
+    launch("linear_experts", rows.most_weights() * w.bytes(), [a, rows] {
+        const std::vector<LinearPart> parts = rows.parts();
+        run(a, parts.data(), int64_t(parts.size()));
     });
 }
 
@@ -79,14 +129,15 @@ void embed_quantized(nb::handle ids_, nb::handle w_, int64_t n, int64_t k, int64
     Tensor ids("ids", ids_), out("out", out_);
     ids.is(Type::i64).has_dims(1).contiguous();
     out.is(Type::f32).has_shape({ids.shape(0), k}).contiguous();
-    for (int64_t i = 0; i < ids.shape(0); i++) {
-        const int64_t id = ids.as<int64_t>()[i];
-        if (id < 0 || id >= n)
-            throw nb::index_error(("ids[" + text(i) + "] is " + text(id) + ", but the table has " +
-                                   text(n) + " rows").c_str());
-    }
-    nb::gil_scoped_release release;
-    dequantize(w, ids.as<int64_t>(), ids.shape(0), out.floats());
+    const int64_t rows = ids.shape(0), *id = ids.as<int64_t>();
+    float* to = out.floats();
+    launch("embed", rows * w.bytes() / (n ? n : 1), [w, rows, id, to] {
+        for (int64_t i = 0; i < rows; i++)
+            if (id[i] < 0 || id[i] >= w.n)
+                throw std::out_of_range("ids[" + text(i) + "] is " + text(id[i]) +
+                                        ", but the table has " + text(w.n) + " rows");
+        dequantize(w, id, rows, to);
+    });
 }
 
 }  // namespace
@@ -94,7 +145,11 @@ void embed_quantized(nb::handle ids_, nb::handle w_, int64_t n, int64_t k, int64
 void bind_linear_quantized(nb::module_& m) {
     using namespace nanobind::literals;
     m.def("linear_quantized", &linear_quantized, "x"_a, "w"_a, "n"_a, "k"_a, "group"_a, "asymmetric"_a,
-          "bias"_a.none(), "out"_a);
+          "bias"_a.none(), "add"_a.none(), "out"_a);
+    m.def("linear_quantized_gated", &linear_quantized_gated, "x"_a, "w"_a, "n"_a, "k"_a, "group"_a,
+          "asymmetric"_a, "bias"_a.none(), "kind"_a, "out"_a);
+    m.def("linear_quantized_experts", &linear_quantized_experts, "x"_a, "weights"_a, "n"_a, "k"_a,
+          "group"_a, "asymmetric"_a, "kind"_a.none(), "offsets"_a, "out"_a);
     m.def("put_int8", &put_int8_, "w"_a, "n"_a, "k"_a, "gated"_a, "first"_a, "codes"_a, "scale"_a);
     m.def("put_int4", &put_int4_, "w"_a, "n"_a, "k"_a, "group"_a, "gated"_a, "first"_a, "codes"_a,
           "scale"_a, "zero"_a.none());

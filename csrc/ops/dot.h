@@ -7,10 +7,10 @@
 // - ByteDot: weights are bytes that hold code + 128, codes in [-128, 127]
 // - NibbleDot: weights are bytes below 16, the low or the high halves of 64 bytes
 //
-// both with Weights (64 bytes, made ready), Inputs (four activations, made ready), and Sum, what is
-// added to. A ByteDot adds to I16 from `start`, which knows the activations' sum and so corrects
-// for the 128. A NibbleDot's Sum has room for 32 inputs: it goes from `begin` to `end`, which adds
-// to an I16. With AVX-512 there is a form of each that uses VNNI.
+// both with Weights (64 bytes, made ready) and Inputs (four activations, made ready). A ByteDot adds
+// to an I16 that begins with FACTOR times the sum of all activation codes. A NibbleDot adds to a
+// Sum, which has room for 32 inputs: it goes from `begin` to `end`, where it joins an I16. With
+// AVX-512 there is a form of each that uses VNNI.
 #pragma once
 
 #include "../half.h"
@@ -30,15 +30,15 @@ HASTEN_INLINE int32_t four(const int8_t* p) {
 struct I16 {
     __m512i v;
 };
-HASTEN_INLINE I16 splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
+HASTEN_INLINE I16 splat(const int32_t* x) { return {_mm512_set1_epi32(*x)}; }
 HASTEN_INLINE I16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 HASTEN_INLINE void store(int32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
 HASTEN_INLINE I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 HASTEN_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
-// y[j] = a * bytes[j], |a| below 2^15
-HASTEN_INLINE I16 times_bytes(int32_t a, const uint8_t* bytes) {
+// y[j] = *a * bytes[j], |*a| below 2^15
+HASTEN_INLINE I16 times_bytes(const int32_t* a, const uint8_t* bytes) {
     const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
-    return {_mm512_madd_epi16(wide, _mm512_set1_epi32(a))};
+    return {_mm512_madd_epi16(wide, _mm512_set1_epi32(*a))};
 }
 // sixteen float16
 HASTEN_INLINE F16 load_half(const uint16_t* p) {
@@ -60,8 +60,8 @@ struct ByteDot {
     typedef Weights Inputs;
     static constexpr int MOST_ROWS = 4, MOST_PANELS = 4;
     static constexpr int panels_of(int) { return 4; }
+    static constexpr int32_t FACTOR = -128;
 
-    static HASTEN_INLINE I16 start(int32_t sum_of_codes) { return splat(-128 * sum_of_codes); }
     static HASTEN_INLINE Weights weights(const uint8_t* p) {
         const __m512i w = _mm512_loadu_si512(p);
         return {_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srli_epi16(w, 8)};
@@ -105,8 +105,8 @@ struct ByteDotVnni {
     typedef __m512i Weights, Inputs;
     static constexpr int MOST_ROWS = 6, MOST_PANELS = 4;
     static constexpr int panels_of(int) { return 4; }
+    static constexpr int32_t FACTOR = -128;
 
-    static HASTEN_INLINE I16 start(int32_t sum_of_codes) { return splat(-128 * sum_of_codes); }
     static HASTEN_INLINE Weights weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static HASTEN_INLINE Inputs inputs(const int8_t* p) { return _mm512_set1_epi32(four(p)); }
     static HASTEN_INLINE void add(I16& sum, Weights w, Inputs x) { dot_vnni(sum, w, x); }
@@ -131,7 +131,7 @@ struct NibbleDotVnni {
 struct I16 {
     __m256i lo, hi;
 };
-HASTEN_INLINE I16 splat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+HASTEN_INLINE I16 splat(const int32_t* x) { return {_mm256_set1_epi32(*x), _mm256_set1_epi32(*x)}; }
 HASTEN_INLINE __m256i load32(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 HASTEN_INLINE I16 load(const int32_t* p) { return {load32(p), load32(p + 8)}; }
 HASTEN_INLINE void store(int32_t* p, I16 a) {
@@ -142,8 +142,8 @@ HASTEN_INLINE I16 operator+(I16 a, I16 b) {
     return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
 HASTEN_INLINE F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-HASTEN_INLINE I16 times_bytes(int32_t a, const uint8_t* bytes) {
-    const __m256i factor = _mm256_set1_epi32(a);
+HASTEN_INLINE I16 times_bytes(const int32_t* a, const uint8_t* bytes) {
+    const __m256i factor = _mm256_set1_epi32(*a);
     const __m256i lo = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
     const __m256i hi = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(bytes + 8)));
     return {_mm256_madd_epi16(lo, factor), _mm256_madd_epi16(hi, factor)};
@@ -162,8 +162,8 @@ struct ByteDot {
     typedef __m256i Inputs;
     static constexpr int MOST_ROWS = 4, MOST_PANELS = 4;
     static constexpr int panels_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+    static constexpr int32_t FACTOR = 0;
 
-    static HASTEN_INLINE I16 start(int32_t) { return splat(0); }
     static HASTEN_INLINE Weights weights(const uint8_t* p) {
         const __m256i flip = _mm256_set1_epi8(-128);
         const __m256i lo = _mm256_xor_si256(load32(p), flip);
@@ -217,9 +217,9 @@ struct NibbleDot {
 struct I16 {
     int32_t v[LANES];
 };
-HASTEN_INLINE I16 splat(int32_t x) {
+HASTEN_INLINE I16 splat(const int32_t* x) {
     I16 r;
-    for (int i = 0; i < LANES; i++) r.v[i] = x;
+    for (int i = 0; i < LANES; i++) r.v[i] = *x;
     return r;
 }
 HASTEN_INLINE I16 load(const int32_t* p) {
@@ -237,9 +237,9 @@ HASTEN_INLINE F16 to_float(I16 a) {
     for (int i = 0; i < LANES; i++) r.v[i] = float(a.v[i]);
     return r;
 }
-HASTEN_INLINE I16 times_bytes(int32_t a, const uint8_t* bytes) {
+HASTEN_INLINE I16 times_bytes(const int32_t* a, const uint8_t* bytes) {
     I16 r;
-    for (int i = 0; i < LANES; i++) r.v[i] = a * bytes[i];
+    for (int i = 0; i < LANES; i++) r.v[i] = *a * bytes[i];
     return r;
 }
 HASTEN_INLINE F16 load_half(const uint16_t* p) {
@@ -253,8 +253,8 @@ struct ByteDot {
     typedef const int8_t* Inputs;
     static constexpr int MOST_ROWS = 2, MOST_PANELS = 1;
     static constexpr int panels_of(int) { return 1; }
+    static constexpr int32_t FACTOR = 0;
 
-    static HASTEN_INLINE I16 start(int32_t) { return splat(0); }
     static HASTEN_INLINE Weights weights(const uint8_t* p) { return p; }
     static HASTEN_INLINE Inputs inputs(const int8_t* p) { return p; }
     static HASTEN_INLINE void add(I16& sum, Weights w, Inputs x) {

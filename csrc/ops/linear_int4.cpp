@@ -7,14 +7,15 @@ namespace hasten {
 namespace HASTEN_LEVEL {
 namespace {
 
-template <class D>
+template <class D, bool ASYMMETRIC>
 struct Int4 {
     typedef D Dot;
 
     static int64_t unit(const QuantizedArgs& a) { return a.group; }
+    static int32_t factor(const QuantizedArgs&) { return ASYMMETRIC ? -1 : -8; }
     static int64_t block(const QuantizedArgs& a) { return a.group; }
     static int64_t unit_bytes(const QuantizedArgs& a) {
-        return LANES * (a.group / 2 + 2 + a.asymmetric);
+        return LANES * (a.group / 2 + 2 + ASYMMETRIC);
     }
     static int64_t tail_bytes(const QuantizedArgs&) { return 0; }
 
@@ -22,7 +23,6 @@ struct Int4 {
     static void tile(const Tile& t) {
         const int64_t group = t.args->group, step = t.width * 64;
         const int64_t stride = t.x->stride, blocks = t.x->blocks;
-        const bool asymmetric = t.args->asymmetric;
         const int8_t* x = t.x->codes + t.row * stride + t.unit * group;
         const float* x_scale = t.x->scales + t.row * blocks + t.unit;
         const int32_t* x_sum = t.x->sums + t.row * blocks + t.unit;
@@ -42,8 +42,8 @@ struct Int4 {
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
                 for (int p = 0; p < P; p++)
-                    sum[r][p] = asymmetric ? times_bytes(-x_sum[r * blocks], zeros + p * LANES)
-                                           : splat(-8 * x_sum[r * blocks]);
+                    sum[r][p] = ASYMMETRIC ? times_bytes(x_sum + r * blocks, zeros + p * LANES)
+                                           : splat(x_sum + r * blocks);
             for (int64_t from = 0; from < group; from += 32) {
                 typename D::Sum part[R][P];
 #pragma GCC unroll 8
@@ -96,15 +96,23 @@ struct Int4 {
     }
 };
 
+template <class D>
+void linear_int4_with(const QuantizedArgs& a, const LinearPart* parts, int64_t count) {
+    if (a.asymmetric)
+        linear_quantized<Int4<D, true>>(a, parts, count);
+    else
+        linear_quantized<Int4<D, false>>(a, parts, count);
+}
+
 }  // namespace
 
 void linear_int4(const QuantizedArgs& a, const LinearPart* parts, int64_t count) {
-    linear_quantized<Int4<NibbleDot>>(a, parts, count);
+    linear_int4_with<NibbleDot>(a, parts, count);
 }
 
 #if defined(__AVX512F__)
 void linear_int4_vnni(const QuantizedArgs& a, const LinearPart* parts, int64_t count) {
-    linear_quantized<Int4<NibbleDotVnni>>(a, parts, count);
+    linear_int4_with<NibbleDotVnni>(a, parts, count);
 }
 #endif
 

@@ -12,6 +12,7 @@ struct Int8 {
     static constexpr int64_t QUADS = 4;  // steps of four inputs in a unit
 
     static int64_t unit(const QuantizedArgs&) { return 4 * QUADS; }
+    static int32_t factor(const QuantizedArgs&) { return D::FACTOR; }
     static int64_t block(const QuantizedArgs& a) { return a.k; }
     static int64_t unit_bytes(const QuantizedArgs&) { return 64 * QUADS; }
     static int64_t tail_bytes(const QuantizedArgs&) { return 64; }  // the scales
@@ -23,7 +24,7 @@ struct Int8 {
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
-                sum[r][p] = t.first ? D::start(t.x->sums[t.row + r])
+                sum[r][p] = t.first ? splat(t.x->sums + t.row + r)
                                     : load((const int32_t*)t.held + r * STRIP_OUTPUTS + p * LANES);
         const int64_t stride = t.x->stride, step = t.width * 64;
         const int8_t* x = t.x->codes + t.row * stride + t.unit * 4 * QUADS;

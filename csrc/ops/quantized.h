@@ -10,6 +10,7 @@
 //     typename Dot                            what multiplies (dot.h)
 //     int64_t unit(a), block(a)               inputs of a unit; inputs that share an activation
 //                                             scale, a divisor of k
+//     int32_t factor(a)                       of the sums of activation codes
 //     int64_t unit_bytes(a), tail_bytes(a)    of one panel
 //     void tile<R, P>(const Tile&)            R rows, P panels
 //     F16 result(...)                         an output from what a tile left behind
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "dot.h"
+#include "gate.h"
 #include "quantize.h"
 
 namespace hasten {
@@ -48,8 +50,10 @@ struct Tile {
     int lines;
 
     HASTEN_INLINE const uint8_t* fetch(const uint8_t* at) const {
-        for (int i = 0; i < lines; i++) __builtin_prefetch(at + 64 * i, 0, 2);
-        return at + 64 * lines;
+        for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, 2);
+        // what is held stays in memory from unit to unit, not in registers that others need
+        asm volatile("" ::: "memory");
+        return at;
     }
 };
 
@@ -81,42 +85,74 @@ struct Strip {
     int64_t panel, width;  // the first panel, how many
 };
 
-// Rows [row, row + rows) of a part by a strip: the sums.
+// Rows [row, row + rows) by a strip: what a tile leaves behind for each output.
 template <class F>
 void strip_sums(const QuantizedArgs& a, const Activations& x, int64_t row, int64_t rows,
-                const Strip& s, char* held) {
+                const uint8_t* strip, int64_t width, char* held) {
     typedef typename F::Dot Dot;
     const int64_t units = (a.k + F::unit(a) - 1) / F::unit(a);
-    const int64_t unit_bytes = F::unit_bytes(a) * s.width;
+    const int64_t unit_bytes = F::unit_bytes(a) * width;
     const int64_t pieces = (units * unit_bytes + PIECE_BYTES - 1) / PIECE_BYTES;
     const int64_t tiles = (rows + Dot::MOST_ROWS - 1) / Dot::MOST_ROWS;
     const int64_t unit_lines = (unit_bytes + 63) / 64;
+    const int64_t share = (unit_lines + tiles - 1) / tiles;  // of the next piece, for each tile
     Tile t;
-    t.args = &a, t.x = &x, t.width = s.width;
+    t.args = &a, t.x = &x, t.width = width;
     for (int64_t piece = 0; piece < pieces; piece++) {
-        const int64_t unit = units * piece / pieces;
-        t.unit = unit;
-        t.units = units * (piece + 1) / pieces - unit;
+        t.unit = units * piece / pieces;
+        t.units = units * (piece + 1) / pieces - t.unit;
         t.first = piece == 0;
-        t.w = s.data + unit * unit_bytes;
-        const uint8_t* end = t.w + t.units * unit_bytes;
+        t.w = strip + t.unit * unit_bytes;
+        const uint8_t* next = t.w + t.units * unit_bytes;
         for (int64_t i = 0; i < tiles; i++) {
+            // tiles of nearly equal size
             const int64_t begin = rows * i / tiles;
             const int count = int(rows * (i + 1) / tiles - begin);
             const int step = Dot::panels_of(count);
             t.row = row + begin;
-            if (tiles == 1) {  // the stream itself, a little ahead
-                t.ahead = t.w + 4096, t.lines = int(unit_lines);
-            } else {  // its share of the next piece
-                const int64_t share = (unit_lines + tiles - 1) / tiles;
-                t.ahead = end + i * share * t.units * 64;
-                t.lines = i * share < unit_lines ? int(share) : 0;
-            }
-            for (int64_t p = 0; p < s.width; p += step) {
+            // a single tile reads one stream, which the processor itself fetches ahead
+            t.lines = tiles > 1 && i * share < unit_lines ? int(share) : 0;
+            t.ahead = next + i * share * t.units * 64;
+            for (int64_t p = 0; p < width; p += step) {
                 t.panel = p;
                 t.held = held + (begin * STRIP_OUTPUTS + p * LANES) * 4;
-                TILES<F>.at[count][s.width - p < step ? s.width - p : step](t);
+                TILES<F>.at[count][width - p < step ? width - p : step](t);
                 t.lines = 0;
+            }
+        }
+    }
+}
+
+// Rows [row, row + rows) of a part, whose sums are held, by the strip that begins with `panel`.
+template <class F>
+void finish(const QuantizedArgs& a, const LinearPart& part, int64_t row, int64_t rows,
+            const float* x_scale, int64_t x_blocks, int64_t panel, int64_t width,
+            const uint8_t* tail, const char* held) {
+    for (int64_t r = 0; r < rows; r++, held += STRIP_OUTPUTS * 4, x_scale += x_blocks) {
+        float* out = part.out + (row + r) * a.out_stride;
+        const float* add = part.add ? part.add + (row + r) * a.add_stride : nullptr;
+        const auto sum = [&](int64_t p) {
+            return F::result(held + p * LANES * 4, tail + p * F::tail_bytes(a), *x_scale);
+        };
+        if (a.gate == Gate::none) {
+            for (int64_t p = 0; p < width; p++) {
+                const int64_t column = (panel + p) * LANES;
+                const int n = a.n - column < LANES ? int(a.n - column) : LANES;
+                F16 y = sum(p);
+                if (part.bias) y = y + load_first(part.bias + column, n);
+                if (add) y = y + load_first(add + column, n);
+                store_first(out + column, y, n);
+            }
+        } else {
+            for (int64_t p = 0; p < width; p += 2) {
+                const int64_t half = a.n / 2, column = (panel + p) / 2 * LANES;
+                const int n = half - column < LANES ? int(half - column) : LANES;
+                F16 gate = sum(p), up = sum(p + 1);
+                if (part.bias) {
+                    gate = gate + load_first(part.bias + column, n);
+                    up = up + load_first(part.bias + half + column, n);
+                }
+                store_first(out + column, gated(a.gate, gate, up), n);
             }
         }
     }
@@ -124,28 +160,30 @@ void strip_sums(const QuantizedArgs& a, const Activations& x, int64_t row, int64
 
 template <class F>
 void linear_quantized(const QuantizedArgs& a, const LinearPart* parts, int64_t count) {
-    const int64_t panels = (a.n + LANES - 1) / LANES;
+    const int64_t half = (a.n / 2 + LANES - 1) / LANES;
+    const int64_t panels = a.gate == Gate::none ? (a.n + LANES - 1) / LANES : 2 * half;
     const int64_t strips = (panels + STRIP - 1) / STRIP;
     const int64_t block = F::block(a);
+    const int32_t factor = F::factor(a);
     const int64_t units = (a.k + F::unit(a) - 1) / F::unit(a);
     const int64_t panel_bytes = units * F::unit_bytes(a) + F::tail_bytes(a);
     std::vector<int64_t> first(size_t(count) + 1);  // rows before each part
     for (int64_t i = 0; i < count; i++) first[i + 1] = first[i] + parts[i].rows;
     const int64_t rows = first[count];
-    if (rows == 0 || a.n == 0) return;
+    if (rows == 0 || strips == 0) return;
 
     const auto quantize_rows = [&](const Activations& x, int64_t begin, int64_t end) {
         for (int64_t i = 0, row = begin; row < end; row++) {
             while (row >= first[i + 1]) i++;
-            quantize_row(parts[i].x + (row - first[i]) * a.x_stride, a.k, block, x, row);
+            quantize_row(parts[i].x + (row - first[i]) * a.x_stride, a.k, block, factor, x, row);
         }
     };
     const size_t bytes = Activations::bytes(rows, a.k, block);
     const bool by_each = rows <= FEW_ROWS;
-    void* memory = nullptr;
+    void* shared = nullptr;
     if (!by_each) {
-        memory = scratch(bytes);
-        const Activations x(memory, rows, a.k, block);
+        shared = scratch(bytes);
+        const Activations x(shared, rows, a.k, block);
         parallel(rows, 4, rows * a.k, [&](int64_t begin, int64_t end) {
             quantize_rows(x, begin, end);
         });
@@ -153,12 +191,10 @@ void linear_quantized(const QuantizedArgs& a, const LinearPart* parts, int64_t c
     static std::atomic<uint64_t> calls{0};
     const uint64_t call = ++calls;
 
-    const int64_t work = rows * a.k * a.n;
-    const int64_t items = count * strips;
-    const int64_t threads = num_threads();
-    const int64_t grain = by_each ? (items + threads - 1) / threads : 1;
-    parallel(items, grain, work, [&](int64_t begin, int64_t end) {
-        const Activations x(by_each ? scratch(bytes) : memory, rows, a.k, block);
+    // a range of at least 16 KiB of weights, so that threads rarely meet at a counter
+    const int64_t grain = 1 + (16 << 10) / (STRIP * panel_bytes);
+    parallel(count * strips, grain, rows * a.k * a.n, [&](int64_t begin, int64_t end) {
+        const Activations x(by_each ? scratch(bytes) : shared, rows, a.k, block);
         if (by_each) {
             thread_local uint64_t quantized = 0;  // the call whose rows are in this memory
             if (quantized != call) quantize_rows(x, 0, rows);
@@ -168,24 +204,14 @@ void linear_quantized(const QuantizedArgs& a, const LinearPart* parts, int64_t c
         for (int64_t item = begin; item < end; item++) {
             const LinearPart& part = parts[item / strips];
             const int64_t panel = item % strips * STRIP;
-            const Strip s{(const uint8_t*)part.w + panel * panel_bytes, panel,
-                          panels - panel < STRIP ? panels - panel : STRIP};
+            const int64_t width = panels - panel < STRIP ? panels - panel : STRIP;
+            const uint8_t* strip = (const uint8_t*)part.w + panel * panel_bytes;
             for (int64_t row = 0; row < part.rows; row += PASS) {
                 const int64_t some = part.rows - row < PASS ? part.rows - row : PASS;
                 const int64_t at = first[item / strips] + row;
-                strip_sums<F>(a, x, at, some, s, held);
-                const uint8_t* tail = s.data + units * F::unit_bytes(a) * s.width;
-                for (int64_t r = 0; r < some; r++)
-                    for (int64_t p = 0; p < s.width; p++) {
-                        const int64_t column = (panel + p) * LANES;
-                        const int n = a.n - column < LANES ? int(a.n - column) : LANES;
-                        F16 y = F::result(held + (r * STRIP_OUTPUTS + p * LANES) * 4,
-                                          tail + p * F::tail_bytes(a), x.scales[(at + r) * x.blocks]);
-                        if (part.bias) y = y + load_first(part.bias + column, n);
-                        if (part.add)
-                            y = y + load_first(part.add + (row + r) * a.add_stride + column, n);
-                        store_first(part.out + (row + r) * a.out_stride + column, y, n);
-                    }
+                strip_sums<F>(a, x, at, some, strip, width, held);
+                finish<F>(a, part, row, some, x.scales + at * x.blocks, x.blocks, panel, width,
+                          strip + units * F::unit_bytes(a) * width, held);
             }
         }
     });

@@ -21,7 +21,7 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
-from hasten.kernels.linear import PackedWeight
+from hasten.kernels.linear import ExpertWeights, PackedWeight
 from hasten.kernels.rms_norm import rms_norm
 from hasten.models.facts import Facts
 from hasten.models.layers import Linear, Rope, RopeFacts, rope_facts, vector
@@ -185,6 +185,8 @@ def _collect(part: Any, found: dict[int, PackedWeight]) -> None:
     """All packed weights that an object holds, directly or in its parts."""
     if isinstance(part, PackedWeight):
         found[id(part)] = part
+    elif isinstance(part, ExpertWeights):
+        _collect(part.weights, found)
     elif isinstance(part, list | tuple):
         for inner in part:
             _collect(inner, found)

@@ -66,7 +66,7 @@ class Layer:
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.moe_norm, self.eps)
-        return hidden + self.moe(normed)
+        return self.moe(normed, hidden)
 
 
 class Model(StackedDecoder):

@@ -6,15 +6,36 @@ import torch
 from torch import Tensor
 
 from hasten import _native
+from hasten.kernels.linear.packed import ExpertWeights
 from hasten.kernels.linear.quantized import Int4Weight, Quantized, Rows
 
 
 def linear(
-    x: Tensor, w: Quantized, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    w: Quantized,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: Tensor | None = None,
 ) -> Tensor:
     if out is None:
         out = torch.empty((x.shape[0], w.n))
-    _native.linear_quantized(x, w.data, w.n, w.k, *_groups(w), bias, out)
+    _native.linear_quantized(x, w.data, w.n, w.k, *_groups(w), bias, add, out)
+    return out
+
+
+def linear_gated(
+    x: Tensor, w: Quantized, kind: str, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    if out is None:
+        out = torch.empty((x.shape[0], w.n // 2))
+    _native.linear_quantized_gated(x, w.data, w.n, w.k, *_groups(w), bias, kind, out)
+    return out
+
+
+def linear_experts(x: Tensor, w: ExpertWeights, offsets: Tensor, kind: str | None = None) -> Tensor:
+    out = torch.empty((x.shape[0], w.n if kind is None else w.n // 2))
+    groups = _groups(w.weights[0])
+    _native.linear_quantized_experts(x, w.table, w.n, w.k, *groups, kind, offsets, out)
     return out
 
 

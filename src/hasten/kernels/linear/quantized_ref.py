@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hasten.kernels.activation.ref import gated
+from hasten.kernels.linear.packed import ExpertWeights
 from hasten.kernels.linear.quantized import (
     PANEL,
     STRIP,
@@ -22,6 +24,7 @@ from hasten.kernels.linear.quantized import (
     panels_of,
     stream_bytes,
 )
+from hasten.kernels.linear.ref import rows_of_experts
 
 LEAST = 2.0**-100
 """Activations whose largest magnitude is below this count as zeros: 127 / amax stays finite."""
@@ -58,14 +61,28 @@ def linear(
     w: Quantized,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    add: Tensor | None = None,
 ) -> Tensor:
-    if isinstance(w, Int8Weight):
-        y = _linear_int8(x, w)
-    else:
-        y = _linear_int4(x, w)
+    y = _linear_int8(x, w) if isinstance(w, Int8Weight) else _linear_int4(x, w)
     if bias is not None:
         y = y + bias
+    if add is not None:
+        y = y + add
     return y if out is None else out.copy_(y)
+
+
+def linear_gated(
+    x: Tensor, w: Quantized, kind: str, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    y = gated(linear(x, w, bias), kind)
+    return y if out is None else out.copy_(y)
+
+
+def linear_experts(x: Tensor, w: ExpertWeights, offsets: Tensor, kind: str | None = None) -> Tensor:
+    parts = zip(rows_of_experts(x, offsets, len(w.weights)), w.weights, strict=True)
+    return torch.cat(
+        [linear(part, e) if kind is None else linear_gated(part, e, kind) for part, e in parts]
+    )
 
 
 def _linear_int8(x: Tensor, w: Int8Weight) -> Tensor:
