@@ -36,6 +36,15 @@ struct LinearPart {
     float* out;         // [rows, n], or [rows, n / 2] with a gate
 };
 
+// Weights of 8 and 4 bits: streams as hasten.kernels.linear.quantized describes them.
+struct QuantizedArgs {
+    int64_t n, k;
+    int64_t group;    // inputs that share a scale; k for int8
+    bool asymmetric;  // int4 with a zero beside each scale
+    Gate gate = Gate::none;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
+};
+
 struct NormArgs {
     const float* x;  // [outer, inner, size]
     int64_t x_outer, x_inner;
@@ -161,6 +170,8 @@ struct AttentionArgs {
 
 struct Kernels {
     void (*linear)(const LinearArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_int8)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_int4)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
     void (*rms_norm)(const NormArgs&);
     void (*add)(const AddArgs&);
     void (*gated)(const GatedArgs&);

@@ -82,7 +82,6 @@ class Frontend:
             if loaded
             else load_model(
                 self.folder,
-                dtype=weights.torch_dtype,
                 progress=progress,
                 max_length=max_length,
                 format=weights,

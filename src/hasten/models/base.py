@@ -26,7 +26,7 @@ from hasten.kernels.rms_norm import rms_norm
 from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
 from hasten.models.layers import Linear, Rope, RopeFacts, rope_facts, vector
-from hasten.weights.base import WeightFormat
+from hasten.weights.base import Matrix, WeightFormat
 
 # Larger sizes than any model has; a bound on what a hostile config.json can make us allocate.
 MAX_LAYERS = 4096
@@ -154,6 +154,10 @@ class Weights(Protocol):
         """The same for a matrix, in parts of some rows [any, shape[1]] one after the other. The
         shape is checked by the call, not with the first part."""
 
+    def stored(self, wanted: Matrix) -> Weight | None:
+        """The matrix packed from the form in which it is stored, if kernels compute on that form
+        and it is another one than numbers; else None, and ``rows`` has it."""
+
 
 class KV(Protocol):
     """The keys and values that a forward pass reads and extends."""
@@ -208,6 +212,7 @@ class Decoder(ABC):
 
     config: ModelConfig
     embedding: Weight
+    """Of the tokens, [V, H]."""
     norm: Tensor
     """Weight of the last norm, float32 [H]."""
     sampling_defaults: dict[str, Any]

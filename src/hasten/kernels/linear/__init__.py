@@ -58,7 +58,8 @@ __all__ = [
 Weight = PackedWeight | Int8Weight | Int4Weight
 """What a linear layer multiplies by."""
 
-# For each kind of weight the modules that have `linear`, `unpack` and `embed` for it.
+# For each kind of weight the modules that have `linear`, `linear_gated`, `linear_experts`, `unpack`
+# and `embed` for it.
 _FAMILIES: dict[type, dict[str, Any]] = {
     PackedWeight: {"ref": ref, "cpu": cpu},
     Int8Weight: {"ref": quantized_ref, "cpu": quantized_cpu},
@@ -226,12 +227,14 @@ def linear(
     ``x`` is float32 [R, K], ``bias`` float32 [N], ``add`` (a residual) float32 [R, N], the result
     float32 [R, N], written to ``out`` if given, which may be ``add`` but must not overlap ``x``;
     rows of all of them may be strided. Weights in bfloat16 are widened to float32; activations are
-    then never narrowed, and each output is one chain of fused multiply-adds over K in ascending
-    order from 0, then the bias, then ``add``, whatever the number of rows. Against 8-bit and 4-bit
-    weights a row of activations becomes 8-bit codes, with one scale a row or a group of inputs,
-    sums of products are exact integers, and groups are added in ascending order (``quantized_ref``
-    has each operation). Raises TypeError or ValueError for other types or shapes, and for a gated
-    weight.
+    then never narrowed. Each output is one chain of fused multiply-adds over K in ascending order
+    from 0, then the bias, then ``add``, whatever the number of rows.
+
+    Against 8-bit and 4-bit weights a row of activations becomes 8-bit codes, with a scale for the
+    row or for each group of inputs; sums of products are exact integers, and those of groups are
+    added in ascending order, then the bias, then ``add`` (`quantized_ref` has each operation).
+
+    Raises TypeError or ValueError for other types or shapes, and for a gated weight.
     """
     if w.gated:
         raise ValueError("the weight has a gate and an up half; linear_gated reads it")
@@ -290,6 +293,4 @@ def linear_experts(
     """
     if w.gated != (kind is not None):
         raise ValueError("an activation goes with gated weights, and only with them")
-    if choose(impl, x) == "cpu":
-        return cpu.linear_experts(x, w, offsets, kind)
-    return ref.linear_experts(x, w.weights, offsets, kind)
+    return implementation(w.weights[0], impl, x).linear_experts(x, w, offsets, kind)
