@@ -64,11 +64,11 @@ class Hasten:
         }
         self._stack = stack
         self._llm = LLM(folder, stack=stack, prefix_reuse=False, **self._sizes)
-        model = self._llm.engine.model
+        model, cache = self._llm.engine.model, self._llm.engine.cache
         self.facts = {
             "isa": _native.get_isa(),
             "weight_bytes": model.weight_bytes,
-            "page_bytes": self._llm.engine.cache.layout.block_bytes(),
+            "kv_bytes": cache.layout.block_bytes() * cache.pools[0].num_pages,
         }
 
     def generate(self, prompts: list[list[int]], new: int) -> tuple[list[float], list[list[int]]]:

@@ -122,7 +122,7 @@ def _version() -> str:
     """Commit, as the tools that were built beside the library tell it."""
     tool = Path(os.environ["LLAMA_CPP_LIB_PATH"]) / "llama-bench"
     told = subprocess.run([tool, "--version"], capture_output=True, text=True)
-    found = re.search(r"version: (.*)", told.stdout + told.stderr)
+    found = re.search(r"commit:? (\w+)", told.stdout + told.stderr)
     return found[1] if found else f"llama-cpp-python {api.__version__}"
 
 

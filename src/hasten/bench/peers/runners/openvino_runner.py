@@ -15,7 +15,7 @@ class OpenVINO:
     facts: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, folder: str, threads: int, length: int, sequences: int) -> None:
-        self.version = genai.__version__
+        self.version = genai.__version__.split("-")[0]
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = 1  # GiB
         scheduler.max_num_batched_tokens = max(4096, length)  # no prompt is cut
