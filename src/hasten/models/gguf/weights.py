@@ -10,10 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hasten.kernels.linear import Weight
 from hasten.models.facts import CheckpointError, Facts
 from hasten.models.gguf.architectures import Source, architecture_of, source_of
 from hasten.models.gguf.blocks import CHUNK_VALUES, READABLE, expand
 from hasten.models.gguf.file import GGUF, Kind, Part, Stored
+from hasten.weights.base import Matrix, WeightFormat
+from hasten.weights.checkpoint import Checkpoint
 
 RELEASE_BYTES = 512 << 20  # read so much of a file, then let its pages go
 
@@ -37,7 +40,13 @@ class GGUFWeights:
     or float16, else bfloat16.
     """
 
-    def __init__(self, gguf: GGUF, facts: Facts, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        gguf: GGUF,
+        facts: Facts,
+        dtype: torch.dtype | None,
+        format: WeightFormat | None = None,
+    ) -> None:
         self.gguf = gguf
         self.unread = set(gguf.tensors) - UNNEEDED
         self._architecture = architecture_of(gguf)
@@ -48,6 +57,7 @@ class GGUFWeights:
         matrices = {t.kind.name for t in gguf.tensors.values() if len(t.shape) > 1}
         exact = matrices <= {"F32", "F16"}
         self.dtype = dtype or (torch.float32 if exact else torch.bfloat16)
+        self.format = format or Checkpoint()
 
     def total_bytes(self) -> int:
         """Bytes of all tensors, for the progress bar."""
@@ -76,6 +86,9 @@ class GGUFWeights:
             expand(kind, rows[start : start + step], self.dtype)
             for start in range(0, shape[0], step)
         )
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        return None
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
         """The tensor of that name as stored, for kernels that compute on blocks.
