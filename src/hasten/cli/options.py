@@ -70,6 +70,14 @@ KvBytes = Annotated[
         "at most 2G.",
     ),
 ]
+Convert = Annotated[
+    bool,
+    typer.Option(
+        "--convert",
+        help="With --peers: first convert the checkpoint for engines that need it (minutes, "
+        "gigabytes; kept in $HASTEN_PEERS/models).",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 
 
