@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -47,37 +48,41 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def implementation(package: str, name: str, impl: str | None, tensor: Tensor) -> Callable[..., Any]:
-    """The function ``name`` of the chosen implementation of ``package``.
+_modules: dict[tuple[str, str], ModuleType] = {}
 
-    Raises RuntimeError if the chosen implementation does not have it: nothing else runs instead.
+
+def module(package: str, impl: str) -> ModuleType:
+    """The module ``<package>.<impl>``, imported at its first use: triton is optional.
+
+    Raises RuntimeError if there is none: nothing else runs in its place.
     """
-    return function(package, name, choose(impl, tensor))
-
-
-_functions: dict[tuple[str, str, str], Callable[..., Any]] = {}
-
-
-def function(package: str, name: str, impl: str) -> Callable[..., Any]:
-    """The function ``name`` in ``<package>.<impl>``, imported at its first use: triton is optional.
-
-    Raises RuntimeError if there is none.
-    """
-    found = _functions.get((package, name, impl))
-    if found is not None:
-        return found
-    try:
-        module = importlib.import_module(f"{package}.{impl}")
-    except ModuleNotFoundError as error:
-        if error.name == "triton":
-            raise RuntimeError(
-                "operations on CUDA tensors need the package 'triton': pip install 'hasten[gpu]'"
-            ) from error
-        if error.name != f"{package}.{impl}":
-            raise
-        module = None
-    found = getattr(module, name, None)
+    found = _modules.get((package, impl))
     if found is None:
-        raise RuntimeError(f"{package.rpartition('.')[2]}.{name} has no '{impl}' implementation")
-    _functions[package, name, impl] = found
+        try:
+            found = importlib.import_module(f"{package}.{impl}")
+        except ModuleNotFoundError as error:
+            if error.name == "triton":
+                raise RuntimeError(
+                    "operations on CUDA tensors need the package 'triton': "
+                    "pip install 'hasten[gpu]'"
+                ) from error
+            if error.name == f"{package}.{impl}":
+                name = package.rpartition(".")[2]
+                raise RuntimeError(f"{name} has no '{impl}' implementation") from None
+            raise
+        _modules[package, impl] = found
     return found
+
+
+def operation(package: str, name: str, impl: str | None, tensor: Tensor) -> Callable[..., Any]:
+    """The function ``name`` of the implementation of ``package`` for tensors like this one.
+
+    Raises as `choose` and `module` do, and RuntimeError if the implementation lacks the function.
+    """
+    chosen = choose(impl, tensor)
+    found = getattr(module(package, chosen), name, None)
+    if found is None:
+        what = f"{package.rpartition('.')[2]}.{name}"
+        raise RuntimeError(f"{what} has no '{chosen}' implementation")
+    run: Callable[..., Any] = found
+    return run

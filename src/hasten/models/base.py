@@ -197,6 +197,8 @@ class Decoder(ABC):
     """A decoder-only language model. Holds weights only, so one instance serves any runner."""
 
     config: ModelConfig
+    device: torch.device = torch.device("cpu")
+    """Where the weights are; `hasten.models.device.place` brings them elsewhere."""
     norm: Tensor
     """Weight of the last norm, float32 [H]."""
     sampling_defaults: dict[str, Any]

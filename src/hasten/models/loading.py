@@ -33,7 +33,7 @@ __all__ = ["CheckpointError", "architectures", "load_config", "load_model", "loc
 
 log = logging.getLogger(__name__)
 
-PARTS = {"base", "chat_template", "checkpoint", "facts", "gguf", "layers", "loading", "paged"}
+PARTS = {"base", "chat_template", "checkpoint", "device", "facts", "gguf", "layers", "loading", "paged"}
 PARTS |= {"tokenizer"}
 """Modules of this package that are not architectures."""
 

@@ -28,10 +28,11 @@ def _gated(x, out, columns, tanh_form: tl.constexpr, block: tl.constexpr):
     gate = tl.load(x + row * 2 * columns + at, keep)
     up = tl.load(x + row * 2 * columns + columns + at, keep)
     if tanh_form:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)  # sqrt(2 / pi)
-        act = 0.5 * gate * (1 + tanh(inner))
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), here with 2 sqrt(2 / pi)
+        turn = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     else:
-        act = gate / (1 + tl.exp(-gate))
+        turn = gate
+    act = gate / (1 + tl.exp(-turn))
     tl.store(out + row * columns + at, act * up, keep)
 
 

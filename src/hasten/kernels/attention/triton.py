@@ -3,7 +3,8 @@
 A program computes one chunk (64 positions) of one row and one KV head for all query heads that
 share it, and writes (m, l, o) to a workspace; a second kernel folds a row's chunks in ascending
 order. Which programs run beside each other, how many rows there are and how long the others are
-enters nowhere, so a row's bits depend on that row alone. Keys are found by position, so a key that
+enters nowhere, so a row's bits depend on that row alone; numbers that describe the batch are not
+specialized on, so that one compiled kernel serves all of them. Keys are found by position, so a key that
 is read as a tree node takes the lane that it takes as a committed one.
 
 The order inside a chunk is this compiled kernel's (a tree over lanes), not the CPU's: results agree
@@ -30,7 +31,7 @@ WORKSPACE = 64 << 20
 """Bytes of partials at a time; more rows are computed in slices, which changes no bit."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words"])
 def _list_nodes(mask, words, base, nodes, count, word: tl.constexpr):
     """The slots of the tree nodes that a row sees, ascending, and how many."""
     row = tl.program_id(0).to(tl.int64)
@@ -46,16 +47,18 @@ def _list_nodes(mask, words, base, nodes, count, word: tl.constexpr):
     tl.store(count + row, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "pages", "blocks", "most_nodes", "chunks"])
 def _chunk(
-    q, q_row, q_head, k_pages, v_pages, pages, table, blocks, table_row, positions, base, nodes,
+    first, q, q_row, q_head, k_pages, v_pages, pages, table, blocks, table_row, positions, base, nodes,
     most_nodes, count, scale, window, sinks, cap, m_out, l_out, o_out, chunks, dim, value_dim,
     padded, groups: tl.constexpr, heads: tl.constexpr, shared: tl.constexpr,
     has_window: tl.constexpr, has_cap: tl.constexpr, in_keys: tl.constexpr,
     has_nodes: tl.constexpr, page: tl.constexpr, chunk: tl.constexpr, dim_block: tl.constexpr,
     value_block: tl.constexpr,
 ):  # fmt: skip
-    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, head = tl.program_id(0), tl.program_id(1)
+    local = tl.program_id(2).to(tl.int64)  # row of the workspace
+    row = first + local
     position, committed = tl.load(positions + row), tl.load(base + row)
     at = part * chunk + tl.arange(0, chunk)  # positions
     slot = at
@@ -70,7 +73,7 @@ def _chunk(
     if has_window:
         visible = visible & ((at > position - window) | (at < sinks))
     anything = tl.max(visible.to(tl.int32), 0) > 0
-    out = (row * groups * heads + head) * shared * chunks + part  # of query head 0
+    out = (local * groups * heads + head) * shared * chunks + part  # of query head 0
     if anything:
         line = (tl.load(table_row + row) * groups + head // heads).to(tl.int64) * blocks
         inside = visible & (slot < blocks * page)
@@ -105,13 +108,14 @@ def _chunk(
             tl.store(l_out + out + i * chunks, NOTHING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "chunks"])
 def _fold(
-    m_in, l_in, o_in, chunks, positions, base, out, lse, value_dim,
+    begin, m_in, l_in, o_in, chunks, positions, base, out, lse, value_dim,
     has_lse: tl.constexpr, chunk: tl.constexpr, value_block: tl.constexpr,
 ):  # fmt: skip
-    row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    first = (row * heads + head) * chunks
+    local, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row = begin + local
+    first = (local * heads + head) * chunks
     e = tl.arange(0, value_block)
     keep_value = e < value_dim
     saw = False
@@ -130,7 +134,8 @@ def _fold(
             o = o * keep + o_c * add
             m = new
             saw = True
-    result = tl.where(saw, o / tl.where(saw, total, 1.0), 0.0)
+    total = tl.where(saw, total, 1.0)
+    result = tl.where(saw, o / total, 0.0)
     tl.store(out + (row * heads + head) * value_dim + e, result, keep_value)
     if has_lse:
         tl.store(lse + row * heads + head, tl.where(saw, m + tl.log(total), float("-inf")))
@@ -178,20 +183,18 @@ def paged_attention(
     most = max(1, WORKSPACE // (q_heads * chunks * (value_dim + 2) * 4))
     value_block = triton.next_power_of_2(value_dim)
     for begin in range(0, rows, most):
-        at = slice(begin, min(begin + most, rows))
-        some = at.stop - begin
+        some = min(most, rows - begin)
         m, total = torch.empty((2, some, q_heads, chunks), device=device)
         o = torch.empty((some, q_heads, chunks, value_dim), device=device)
         _chunk[chunks, groups * heads, some](
-            q[at], q.stride(0), q.stride(1), k_pages, v_pages, pages, table, blocks, table_row[at],
-            positions[at], base[at], nodes[at], nodes.shape[1], count[at], scale, window or 0,
+            begin, q, q.stride(0), q.stride(1), k_pages, v_pages, pages, table, blocks, table_row,
+            positions, base, nodes, nodes.shape[1], count, scale, window or 0,
             sinks, softcap or 1.0, m, total, o, chunks, dim, value_dim, v_pages.shape[3], groups,
             heads, q_heads // (groups * heads), window is not None, softcap is not None,
             not v_pages.shape[3], words > 0, PAGE, CHUNK, triton.next_power_of_2(dim), value_block,
             num_warps=4 if dim <= 128 else 8,
         )  # fmt: skip
         _fold[some, q_heads](
-            m, total, o, chunks, positions[at], base[at], out[at],
-            out if lse is None else lse[at], value_dim, lse is not None, CHUNK, value_block,
+            begin, m, total, o, chunks, positions, base, out, out if lse is None else lse, value_dim, lse is not None, CHUNK, value_block,
         )  # fmt: skip
     return out, lse

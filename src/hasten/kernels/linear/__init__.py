@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
+from hasten.kernels.dispatch import choose, module
 from hasten.kernels.linear import cpu, quantized_cpu, quantized_ref, ref
+from hasten.kernels.linear.device import DeviceWeight
 from hasten.kernels.linear.packed import PANEL, PackedWeight, packed_dtype
 from hasten.kernels.linear.quantized import (
     GROUPS,
@@ -24,6 +25,7 @@ from hasten.kernels.linear.quantized import (
 __all__ = [
     "GROUPS",
     "PANEL",
+    "DeviceWeight",
     "Int4Weight",
     "Int8Weight",
     "PackedWeight",
@@ -41,7 +43,7 @@ __all__ = [
     "unpack",
 ]
 
-Weight = PackedWeight | Int8Weight | Int4Weight
+Weight = PackedWeight | Int8Weight | Int4Weight | DeviceWeight
 """What a linear layer multiplies by."""
 
 # For each kind of weight the modules that have `linear`, `unpack` and `embed` for it.
@@ -54,7 +56,13 @@ _FAMILIES: dict[type, dict[str, Any]] = {
 
 def implementation(w: Weight, impl: str | None, tensor: Tensor) -> Any:
     """The module that computes with this kind of weight, for tensors like this one."""
-    return _FAMILIES[type(w)][choose(impl, tensor)]
+    chosen = choose(impl, tensor)
+    if isinstance(w, DeviceWeight) != (chosen == "triton"):
+        raise TypeError(
+            f"a {type(w).__name__} is not what '{chosen}' kernels read; hasten.models.device.place "
+            "brings a model's weights to a device"
+        )
+    return module(__name__, "triton") if chosen == "triton" else _FAMILIES[type(w)][chosen]
 
 
 def pack(weight: Tensor, *, impl: str | None = None) -> PackedWeight:
@@ -208,7 +216,11 @@ def linear(
 
 
 def linear_grouped(
-    x: Tensor, w: PackedWeight, out: Tensor | None = None, *, impl: str | None = None
+    x: Tensor,
+    w: PackedWeight | DeviceWeight,
+    out: Tensor | None = None,
+    *,
+    impl: str | None = None,
 ) -> Tensor:
     """``y[r, g] = x[r, g] @ weight[g].T`` for the groups (heads) of a row.
 
@@ -216,6 +228,4 @@ def linear_grouped(
     written to ``out`` if given; rows and groups of both may be strided. Each output is computed as
     in `linear`. Raises TypeError or ValueError for other types or shapes.
     """
-    if choose(impl, x) == "cpu":
-        return cpu.linear_grouped(x, w, out)
-    return ref.linear_grouped(x, w, out)
+    return implementation(w, impl, x).linear_grouped(x, w, out)

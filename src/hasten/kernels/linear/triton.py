@@ -22,10 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.kernels.activation.triton import gated
+from hasten.kernels.dispatch import interpreted
 from hasten.kernels.linear.device import DeviceWeight
 
 ROWS, OUTPUTS, INPUTS = 16, 32, 128
 """The one tile of float weights. 16 rows are what the smallest matrix instruction takes."""
+WIDEN = interpreted()
+"""The interpreter (triton 3.9) multiplies the bits of bfloat16 numbers as integers."""
 LEAST = tl.constexpr(2.0**-100)
 """Activations whose largest magnitude is below this count as zeros: 127 / amax stays finite."""
 
@@ -44,10 +47,10 @@ def _finish(
     tl.store(out + row[:, None] * out_row + column[None, :], y, keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _dense(
     x, x_row, w, bias, add, add_row, out, out_row, rows, n, k,
-    split: tl.constexpr, has_bias: tl.constexpr, has_add: tl.constexpr,
+    split: tl.constexpr, widen: tl.constexpr, has_bias: tl.constexpr, has_add: tl.constexpr,
     tile_rows: tl.constexpr, tile_outputs: tl.constexpr, tile_inputs: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)
@@ -68,6 +71,9 @@ def _dense(
             rest = a - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            if widen:
+                low, middle = low.to(tl.float32), middle.to(tl.float32)
+                high, b = high.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(low, b, acc)
             acc = tl.dot(middle, b, acc)
             acc = tl.dot(high, b, acc)
@@ -102,7 +108,7 @@ def _quantize(x, x_row, codes, scales, sums, k, block, blocks, width: tl.constex
     tl.store(sums + row * blocks + part, tl.sum(code, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _int8(
     x, x_scale, w, w_scale, bias, add, add_row, out, out_row, rows, n, k,
     has_bias: tl.constexpr, has_add: tl.constexpr,
@@ -149,7 +155,7 @@ def _add_group(
     return tl.fma(acc.to(tl.float32), of_row[:, None] * of_output[None, :], y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _int4(
     x, x_scale, x_sum, w, w_scale, w_zero, bias, add, add_row, out, out_row, rows, n, k, groups,
     asymmetric: tl.constexpr, has_bias: tl.constexpr, has_add: tl.constexpr,
@@ -202,7 +208,6 @@ def linear(
     out: Tensor | None = None,
     add: Tensor | None = None,
 ) -> Tensor:
-    _check(w)
     rows, k = x.shape
     if k != w.k or x.stride(1) != 1 or x.dtype != torch.float32:
         raise ValueError(f"cannot multiply {x.dtype} {tuple(x.shape)} by a weight {w.n} x {w.k}")
@@ -224,8 +229,8 @@ def linear(
     if w.scale is None:
         grid = triton.cdiv(rows, ROWS), triton.cdiv(w.n, OUTPUTS)
         _dense[grid](
-            x, x.stride(0), w.data, *ends, w.dtype == torch.bfloat16, *has, ROWS, OUTPUTS, INPUTS,
-            num_warps=4, num_stages=4,
+            x, x.stride(0), w.data, *ends, w.dtype == torch.bfloat16, WIDEN, *has, ROWS, OUTPUTS,
+            INPUTS, num_warps=4, num_stages=4,
         )  # fmt: skip
         return out
     codes, scales, sums = quantize(x, w.group or k)
@@ -260,9 +265,43 @@ def linear_grouped(x: Tensor, w: DeviceWeight, out: Tensor | None = None) -> Ten
     return out
 
 
-def _check(w: object) -> None:
-    if not isinstance(w, DeviceWeight):
-        raise TypeError(
-            f"Triton kernels read a DeviceWeight, not a {type(w).__name__}; "
-            "hasten.models.device.place brings a model's weights into that form"
+@triton.jit
+def _embed(
+    ids, w, scale, zero, out, n, k, group,
+    kind: tl.constexpr, asymmetric: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.load(ids + row).to(tl.int64)
+    at = part * block + tl.arange(0, block)
+    known = (token >= 0) & (token < n)
+    keep = at < tl.where(known, k, 0)
+    if kind == "int4":
+        g = at // group
+        groups = k // group
+        pairs = (groups + 1) // 2
+        both = tl.load(w + (token * pairs + g // 2) * group + at % group, keep, 0).to(tl.int32)
+        code = tl.where(g % 2 == 0, both & 15, both >> 4).to(tl.float32)
+        if asymmetric:
+            code -= tl.load(zero + token * groups + g, keep, 0).to(tl.float32)
+        else:
+            code -= 8.0
+        v = code * tl.load(scale + token * groups + g, keep, 0.0).to(tl.float32)
+    else:
+        v = tl.load(w + token * k + at, keep, 0).to(tl.float32)
+        if kind == "int8":
+            v *= tl.load(scale + token, known, 0.0)
+    tl.store(out + row * k + at, tl.where(known, v, float("nan")), at < k)
+
+
+def embed(ids: Tensor, w: DeviceWeight) -> Tensor:
+    """An id without a row gives NaN: nothing on a device can raise."""
+    out = torch.empty((ids.shape[0], w.k), device=ids.device)
+    if len(ids):
+        kind = "int4" if w.group else "float" if w.scale is None else "int8"
+        scale = out if w.scale is None else w.scale
+        zero = out if w.zero is None else w.zero
+        block = 1024
+        _embed[len(ids), triton.cdiv(w.k, block)](
+            ids, w.data, scale, zero, out, w.n, w.k, w.group or 1, kind, w.zero is not None, block
         )
+    return out

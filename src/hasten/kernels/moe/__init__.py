@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.moe import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def route(
@@ -26,5 +25,6 @@ def route(
     best expert, ties to the lower group. Raises ValueError unless 1 <= k <= the experts that can be
     chosen.
     """
-    run = cpu.route if choose(impl, router_logits) == "cpu" else ref.route
-    return run(router_logits, k, normalize, groups, top_groups)
+    run = operation(__name__, "route", impl, router_logits)
+    ids, weights = run(router_logits, k, normalize, groups, top_groups)
+    return ids, weights

@@ -13,7 +13,7 @@ from torch import Tensor
 PAGE = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _copy(x, pages, heads, size, src, dst, count, block: tl.constexpr):
     layer = tl.program_id(0) // heads
     lead = layer.to(tl.int64) * pages
@@ -21,14 +21,15 @@ def _copy(x, pages, heads, size, src, dst, count, block: tl.constexpr):
     at = tl.program_id(1) * block + tl.arange(0, block)
     for i in range(count):
         a, b = tl.load(src + i), tl.load(dst + i)
-        keep = (at < size) & (a >= 0) & (a < pages) & (b >= 0) & (b < pages)
+        known = (a >= 0) & (a < pages) & (b >= 0) & (b < pages)
+        keep = at < tl.where(known, size, 0)
         part = tl.load(x + ((lead + a) * heads + head) * size + at, keep)
         tl.debug_barrier()
         tl.store(x + ((lead + b) * heads + head) * size + at, part, keep)
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "count"])
 def _move(
     x, pages, heads, size, along, across, table, groups, blocks, table_row, src, dst, count,
     page: tl.constexpr, block: tl.constexpr,
@@ -44,7 +45,7 @@ def _move(
         from_page = tl.load(line + a // page, known, -1).to(tl.int64)
         to_page = tl.load(line + b // page, known, -1).to(tl.int64)
         known = known & (from_page >= 0) & (from_page < pages) & (to_page >= 0) & (to_page < pages)
-        keep = (at < size) & known
+        keep = at < tl.where(known, size, 0)
         from_place = ((lead + from_page) * heads + head) * size * page + a % page * across
         to_place = ((lead + to_page) * heads + head) * size * page + b % page * across
         part = tl.load(x + from_place + at * along, keep)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.rms_norm import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def rms_norm(
@@ -17,9 +16,8 @@ def rms_norm(
     contiguous (a slice of heads works), ``weight`` float32 [H]. ``out`` is contiguous and may be
     ``x``. Raises TypeError or ValueError for other types or shapes.
     """
-    if choose(impl, x) == "cpu":
-        return cpu.rms_norm(x, weight, eps, out)
-    return ref.rms_norm(x, weight, eps, out)
+    normed: Tensor = operation(__name__, "rms_norm", impl, x)(x, weight, eps, out)
+    return normed
 
 
 def add_rms_norm(
@@ -29,6 +27,6 @@ def add_rms_norm(
 
     ``x`` and ``residual`` are float32 [..., H] of one shape, ``weight`` float32 [H].
     """
-    if choose(impl, x) == "cpu":
-        return cpu.add_rms_norm(x, residual, weight, eps)
-    return ref.add_rms_norm(x, residual, weight, eps)
+    run = operation(__name__, "add_rms_norm", impl, x)
+    normed, total = run(x, residual, weight, eps)
+    return normed, total

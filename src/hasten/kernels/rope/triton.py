@@ -13,7 +13,7 @@ from torch import Tensor
 PAGE = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["angles", "blocks", "pages"])
 def _append(
     q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, cos, sin, angles, positions, slots,
     table_row, table, blocks, k_pages, v_pages, pages, q_heads, heads, dim, half, value_dim, padded,
@@ -24,7 +24,7 @@ def _append(
     position, slot = tl.load(positions + row), tl.load(slots + row)
     turnable = (position >= 0) & (position < angles)
     at = tl.arange(0, half_block)
-    keep = (at < half) & turnable
+    keep = at < tl.where(turnable, half, 0)
     c = tl.load(cos + position.to(tl.int64) * half + at, keep, 0.0)
     s = tl.load(sin + position.to(tl.int64) * half + at, keep, 0.0)
     if head < q_heads:
@@ -41,18 +41,18 @@ def _append(
         place = to * heads + head % heads
         x = k + row * k_row + head * k_head
         y = k_pages + place * dim * page + slot % page
-        keep = keep & known
+        keep = at < tl.where(known, half, 0)
         a, b = tl.load(x + at, keep), tl.load(x + half + at, keep)
         tl.store(y + at * page, (a * c - b * s).to(k_pages.dtype.element_ty), keep)
         tl.store(y + (half + at) * page, (b * c + a * s).to(k_pages.dtype.element_ty), keep)
         rest = 2 * half + tl.arange(0, rest_block)
-        keep_rest = (rest < dim) & known
+        keep_rest = rest < tl.where(known, dim, 0)
         kept = tl.load(x + rest, keep_rest)
         tl.store(y + rest * page, kept.to(k_pages.dtype.element_ty), keep_rest)
         of = tl.arange(0, value_block)
-        value = tl.load(v + row * v_row + head * v_head + of, (of < value_dim) & known, 0.0)
+        value = tl.load(v + row * v_row + head * v_head + of, of < tl.where(known, value_dim, 0), 0.0)
         y = v_pages + (place * page + slot % page) * padded + of
-        tl.store(y, value.to(v_pages.dtype.element_ty), (of < padded) & known)
+        tl.store(y, value.to(v_pages.dtype.element_ty), of < tl.where(known, padded, 0))
 
 
 def append(
