@@ -118,9 +118,7 @@ def test_matches_reference(shape: tuple[int, int, int, int, int, bool], dtype: t
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_rows_are_independent(
-    setting: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_independent(setting: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits alone, in any batch and order, and however the rows are cut into slices."""
     from hasten.kernels.attention import triton as kernel
 

@@ -115,7 +115,7 @@ class DeviceRunner(Runner):
 
     Decode steps of up to `MOST_ROWS` rows run as CUDA graphs, one for each number of rows and
     power of two of blocks, captured when such a step comes the second time. Everything else
-    (prompts, trees, hidden states, other devices) runs kernel by kernel.
+    (prompts, trees, hidden states, mixtures of experts) runs kernel by kernel.
     """
 
     def __init__(
@@ -123,12 +123,14 @@ class DeviceRunner(Runner):
     ) -> None:
         """``length`` is the longest sequence: tables of angles never grow under a graph.
 
-        ``graphs``: None = where the device is a GPU.
+        ``graphs``: None = where the device is a GPU and the model has no experts, whose choice the
+        host has to see.
         """
         super().__init__(model, storage)
         self.device = model.device
         self.length = length
-        self.graphs = self.device.type == "cuda" if graphs is None else graphs
+        experts = getattr(model.config, "num_experts", 0)
+        self.graphs = self.device.type == "cuda" and not experts if graphs is None else graphs
         if self.graphs and self.device.type != "cuda":
             raise ValueError(f"CUDA graphs need a CUDA device, not {self.device}")
         self._steps: OrderedDict[tuple[int, int], _Step | None] = OrderedDict()
@@ -179,7 +181,9 @@ class DeviceRunner(Runner):
         else:
             step.inputs.copy_from(batch)
             step.graph.replay()
-            output = Output(step.logits.cpu(), torch.empty((0, self.model.config.hidden_size)), {}, 0.0)
+            output = Output(
+                step.logits.cpu(), torch.empty((0, self.model.config.hidden_size)), {}, 0.0
+            )
         self._steps.move_to_end(key)
         if len(self._steps) > MOST_GRAPHS:
             self._steps.popitem(last=False)

@@ -35,7 +35,7 @@ def choose(impl: str | None, tensor: Tensor) -> str:
         raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
     if impl == "cpu" and not tensor.is_cpu:
         raise RuntimeError(f"impl='cpu' was asked for, but the tensors are on {tensor.device}")
-    if impl == "triton" and not (tensor.is_cuda or tensor.is_cpu and interpreted()):
+    if impl == "triton" and not (tensor.is_cuda or (tensor.is_cpu and interpreted())):
         raise RuntimeError(
             f"impl='triton' was asked for, but the tensors are on {tensor.device}; Triton runs on "
             "CUDA devices, and on the CPU in its interpreter only (set TRITON_INTERPRET=1)"

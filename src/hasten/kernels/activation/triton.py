@@ -36,7 +36,7 @@ def _gated(x, out, columns, tanh_form: tl.constexpr, block: tl.constexpr):
     tl.store(out + row * columns + at, act * up, keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _softcap(x, out, count, cap, block: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     keep = at < count
@@ -48,7 +48,8 @@ def gated(x: Tensor, kind: str) -> Tensor:
     out = torch.empty((rows, columns), device=x.device)
     if out.numel():
         grid = rows, triton.cdiv(columns, BLOCK)
-        _gated[grid](x.contiguous(), out, columns, kind == "gelu_tanh", BLOCK)
+        tanh_form = kind == "gelu_tanh"
+        _gated[grid](x.contiguous(), out, columns, tanh_form, BLOCK, enable_fp_fusion=False)
     return out
 
 
@@ -57,5 +58,6 @@ def softcap(x: Tensor, cap: float) -> Tensor:
         raise ValueError("the cap must be positive")
     out = torch.empty(x.shape, device=x.device)
     if out.numel():
-        _softcap[(triton.cdiv(x.numel(), BLOCK),)](x.contiguous(), out, x.numel(), cap, BLOCK)
+        grid = (triton.cdiv(x.numel(), BLOCK),)
+        _softcap[grid](x.contiguous(), out, x.numel(), cap, BLOCK, enable_fp_fusion=False)
     return out

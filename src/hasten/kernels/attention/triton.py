@@ -4,8 +4,8 @@ A program computes one chunk (64 positions) of one row and one KV head for all q
 share it, and writes (m, l, o) to a workspace; a second kernel folds a row's chunks in ascending
 order. Which programs run beside each other, how many rows there are and how long the others are
 enters nowhere, so a row's bits depend on that row alone; numbers that describe the batch are not
-specialized on, so that one compiled kernel serves all of them. Keys are found by position, so a key that
-is read as a tree node takes the lane that it takes as a committed one.
+specialized on, so that one compiled kernel serves all of them. Keys are found by position, so a key
+that is read as a tree node takes the lane that it takes as a committed one.
 
 The order inside a chunk is this compiled kernel's (a tree over lanes), not the CPU's: results agree
 with the CPU's to rounding, not in bits.
@@ -47,13 +47,13 @@ def _list_nodes(mask, words, base, nodes, count, word: tl.constexpr):
     tl.store(count + row, found)
 
 
-@triton.jit(do_not_specialize=["first", "pages", "blocks", "most_nodes", "chunks"])
+@triton.jit(do_not_specialize=["first", "pages", "blocks", "most_nodes", "words", "chunks"])
 def _chunk(
-    first, q, q_row, q_head, k_pages, v_pages, pages, table, blocks, table_row, positions, base, nodes,
-    most_nodes, count, scale, window, sinks, cap, m_out, l_out, o_out, chunks, dim, value_dim,
-    padded, groups: tl.constexpr, heads: tl.constexpr, shared: tl.constexpr,
+    first, q, q_row, q_head, k_pages, v_pages, pages, table, blocks, table_row, positions, base,
+    nodes, most_nodes, words, count, scale, window, sinks, cap, m_out, l_out, o_out, chunks, dim,
+    value_dim, padded, groups: tl.constexpr, heads: tl.constexpr, shared: tl.constexpr,
     has_window: tl.constexpr, has_cap: tl.constexpr, in_keys: tl.constexpr,
-    has_nodes: tl.constexpr, page: tl.constexpr, chunk: tl.constexpr, dim_block: tl.constexpr,
+    page: tl.constexpr, chunk: tl.constexpr, dim_block: tl.constexpr,
     value_block: tl.constexpr,
 ):  # fmt: skip
     part, head = tl.program_id(0), tl.program_id(1)
@@ -61,15 +61,12 @@ def _chunk(
     row = first + local
     position, committed = tl.load(positions + row), tl.load(base + row)
     at = part * chunk + tl.arange(0, chunk)  # positions
-    slot = at
-    visible = at < committed
-    if has_nodes:
-        found = tl.load(count + row)
-        start = position - found + 1
-        on_path = (at >= start) & (at <= position) & (at >= committed)
-        node = tl.load(nodes + row * most_nodes + at - start, on_path, 0)
-        slot = tl.where(on_path, node, at)
-        visible = visible | on_path
+    # rows without a mask take the same way, so that one compiled kernel serves trees and chains
+    found = tl.load(count + row, words > 0, 0)
+    start = position - found + 1
+    on_path = (at >= start) & (at <= position) & (at >= committed)
+    slot = tl.where(on_path, tl.load(nodes + row * most_nodes + at - start, on_path, 0), at)
+    visible = (at < committed) | on_path
     if has_window:
         visible = visible & ((at > position - window) | (at < sinks))
     anything = tl.max(visible.to(tl.int32), 0) > 0
@@ -179,7 +176,9 @@ def paged_attention(
     nodes = torch.empty((rows, max(1, words * WORD)), dtype=torch.int32, device=device)
     count = torch.empty(rows, dtype=torch.int32, device=device)
     if words:
-        _list_nodes[(rows,)](mask.view(torch.int64), words, base, nodes, count, WORD)
+        _list_nodes[(rows,)](
+            mask.view(torch.int64), words, base, nodes, count, WORD, enable_fp_fusion=False
+        )
     most = max(1, WORKSPACE // (q_heads * chunks * (value_dim + 2) * 4))
     value_block = triton.next_power_of_2(value_dim)
     for begin in range(0, rows, most):
@@ -188,13 +187,14 @@ def paged_attention(
         o = torch.empty((some, q_heads, chunks, value_dim), device=device)
         _chunk[chunks, groups * heads, some](
             begin, q, q.stride(0), q.stride(1), k_pages, v_pages, pages, table, blocks, table_row,
-            positions, base, nodes, nodes.shape[1], count, scale, window or 0,
+            positions, base, nodes, nodes.shape[1], words, count, scale, window or 0,
             sinks, softcap or 1.0, m, total, o, chunks, dim, value_dim, v_pages.shape[3], groups,
             heads, q_heads // (groups * heads), window is not None, softcap is not None,
-            not v_pages.shape[3], words > 0, PAGE, CHUNK, triton.next_power_of_2(dim), value_block,
-            num_warps=4 if dim <= 128 else 8,
+            not v_pages.shape[3], PAGE, CHUNK, triton.next_power_of_2(dim), value_block,
+            num_warps=4 if dim <= 128 else 8, enable_fp_fusion=True,
         )  # fmt: skip
         _fold[some, q_heads](
-            begin, m, total, o, chunks, positions, base, out, out if lse is None else lse, value_dim, lse is not None, CHUNK, value_block,
+            begin, m, total, o, chunks, positions, base, out, out if lse is None else lse,
+            value_dim, lse is not None, CHUNK, value_block, enable_fp_fusion=False,
         )  # fmt: skip
     return out, lse

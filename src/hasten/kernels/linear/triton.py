@@ -230,7 +230,7 @@ def linear(
         grid = triton.cdiv(rows, ROWS), triton.cdiv(w.n, OUTPUTS)
         _dense[grid](
             x, x.stride(0), w.data, *ends, w.dtype == torch.bfloat16, WIDEN, *has, ROWS, OUTPUTS,
-            INPUTS, num_warps=4, num_stages=4,
+            INPUTS, num_warps=4, num_stages=4, enable_fp_fusion=False,
         )  # fmt: skip
         return out
     codes, scales, sums = quantize(x, w.group or k)
@@ -302,6 +302,7 @@ def embed(ids: Tensor, w: DeviceWeight) -> Tensor:
         zero = out if w.zero is None else w.zero
         block = 1024
         _embed[len(ids), triton.cdiv(w.k, block)](
-            ids, w.data, scale, zero, out, w.n, w.k, w.group or 1, kind, w.zero is not None, block
-        )
+            ids, w.data, scale, zero, out, w.n, w.k, w.group or 1, kind, w.zero is not None, block,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return out

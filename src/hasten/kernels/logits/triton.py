@@ -44,5 +44,7 @@ def row_max_lse(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     argmax = torch.empty(rows, dtype=torch.int64, device=logits.device)
     top, lse = torch.empty(rows, device=logits.device), torch.empty(rows, device=logits.device)
     if rows:
-        _row_max_lse[(rows,)](logits, logits.stride(0), argmax, top, lse, columns, BLOCK)
+        _row_max_lse[(rows,)](
+            logits, logits.stride(0), argmax, top, lse, columns, BLOCK, enable_fp_fusion=False
+        )
     return argmax, top, lse

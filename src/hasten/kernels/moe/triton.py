@@ -57,5 +57,6 @@ def route(
         _route[(rows,)](
             router_logits.contiguous(), ids, weights, experts, k, experts // groups, top_groups,
             normalize, triton.next_power_of_2(experts), triton.next_power_of_2(k),
+            enable_fp_fusion=False,
         )  # fmt: skip
     return ids, weights

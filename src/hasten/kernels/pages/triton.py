@@ -60,7 +60,7 @@ def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor) -> None:
         size = x.shape[3] * x.shape[4]
         if size and len(src):
             grid = layers * heads, triton.cdiv(size, 1024)
-            _copy[grid](x, pages, heads, size, src, dst, len(src), 1024)
+            _copy[grid](x, pages, heads, size, src, dst, len(src), 1024, enable_fp_fusion=False)
 
 
 def move_slots(
@@ -74,4 +74,5 @@ def move_slots(
             _move[layers, groups * heads](
                 x, pages, heads, size, along, across, table, groups, blocks, table_row, src_slot,
                 dst_slot, len(table_row), PAGE, triton.next_power_of_2(size),
+                enable_fp_fusion=False,
             )  # fmt: skip

@@ -38,7 +38,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
         _rms_norm[(rows * count,)](
             lead, lead.stride(0), lead.stride(1), x if residual is None else residual, weight, eps,
             out, total, count, size, residual is not None, block,
-            num_warps=4 if block <= 4096 else 8,
+            num_warps=4 if block <= 4096 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return total
 

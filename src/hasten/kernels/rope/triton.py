@@ -50,7 +50,9 @@ def _append(
         kept = tl.load(x + rest, keep_rest)
         tl.store(y + rest * page, kept.to(k_pages.dtype.element_ty), keep_rest)
         of = tl.arange(0, value_block)
-        value = tl.load(v + row * v_row + head * v_head + of, of < tl.where(known, value_dim, 0), 0.0)
+        value = tl.load(
+            v + row * v_row + head * v_head + of, of < tl.where(known, value_dim, 0), 0.0
+        )
         y = v_pages + (place * page + slot % page) * padded + of
         tl.store(y, value.to(v_pages.dtype.element_ty), of < tl.where(known, padded, 0))
 
