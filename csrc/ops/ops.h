@@ -10,6 +10,7 @@ namespace HASTEN_LEVEL {
 
 void linear(const LinearArgs&);
 void rms_norm(const NormArgs&);
+void add(const AddArgs&);
 void gated(const GatedArgs&);
 void softcap(const SoftcapArgs&);
 void row_max_lse(const MaxLseArgs&);

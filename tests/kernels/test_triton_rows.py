@@ -42,6 +42,8 @@ def test_rms_norm(size: int) -> None:
     assert_same_bits(total.cpu(), flat + 2 * flat)
     assert_same_bits(normed.cpu(), on_device(rms_norm, total.cpu(), weight, 1e-5))
     assert_rows_independent(lambda rows: on_device(rms_norm, rows, weight, 1e-5), x)
+    after = rms_norm(flat.to(DEVICE), weight.to(DEVICE), 1e-5, add=total, impl="triton")
+    assert_same_bits(after.cpu(), on_device(rms_norm, flat, weight, 1e-5) + total.cpu())
 
 
 def test_rms_norm_in_place() -> None:

@@ -22,7 +22,9 @@ from torch import Tensor
 from hasten.cache.layout import PAGE_SIZE, KVStorage
 from hasten.engine.batch import Batch
 from hasten.engine.executor import Moves, Output, Runner
+from hasten.kernels.logits import row_max_lse
 from hasten.kernels.pages import copy_pages, move_slots
+from hasten.kernels.rows import take_rows
 from hasten.models.base import Decoder
 from hasten.models.paged import PagedKV
 
@@ -99,6 +101,7 @@ class DeviceKV(PagedKV):
         self.base = inputs.base
         self.mask = inputs.mask
         self.tables = inputs.tables
+        self._angles = {}
 
 
 @dataclass(slots=True)
@@ -107,6 +110,8 @@ class _Step:
 
     inputs: Inputs
     logits: Tensor
+    best: Tensor
+    lse: Tensor
     graph: torch.cuda.CUDAGraph
 
 
@@ -126,7 +131,9 @@ class DeviceRunner(Runner):
         ``graphs``: None = where the device is a GPU and the model has no experts, whose choice the
         host has to see.
         """
-        super().__init__(model, storage)
+        # no `Recorder`: what it does for the CPU, graphs do here
+        self.model = model
+        self.storage = storage
         self.device = model.device
         self.length = length
         experts = getattr(model.config, "num_experts", 0)
@@ -154,12 +161,15 @@ class DeviceRunner(Runner):
         kv = DeviceKV(self.storage, inputs, self.length)
         hidden = self.model.forward(batch, kv, hidden=self._embedded(inputs), capture=capture)
         rows = hidden.rows
-        wanted = rows if len(batch.wanted) == len(rows) else rows[self._index(batch.wanted)]
-        embedded = rows[:0]
+        if len(batch.wanted) < len(rows):
+            rows = take_rows(rows, self._index(batch.wanted))
+        logits = self.model.head(rows)
+        best, _, lse = row_max_lse(logits)
+        embedded = hidden.rows[:0]
         if len(batch.embedded):
-            embedded = self.model.final_norm(rows[self._index(batch.embedded)])
+            embedded = self.model.final_norm(take_rows(hidden.rows, self._index(batch.embedded)))
         captured = {layer: stream.cpu() for layer, stream in hidden.captured.items()}
-        return Output(self.model.head(wanted).cpu(), embedded.cpu(), captured, 0.0)
+        return Output(logits.cpu(), best.cpu(), lse.cpu(), embedded.cpu(), captured, 0.0)
 
     def _embedded(self, inputs: Inputs) -> Tensor:
         return self.model.embed(inputs.tokens)
@@ -181,9 +191,8 @@ class DeviceRunner(Runner):
         else:
             step.inputs.copy_from(batch)
             step.graph.replay()
-            output = Output(
-                step.logits.cpu(), torch.empty((0, self.model.config.hidden_size)), {}, 0.0
-            )
+            none = torch.empty((0, self.model.config.hidden_size))
+            output = Output(step.logits.cpu(), step.best.cpu(), step.lse.cpu(), none, {}, 0.0)
         self._steps.move_to_end(key)
         if len(self._steps) > MOST_GRAPHS:
             self._steps.popitem(last=False)
@@ -198,7 +207,8 @@ class DeviceRunner(Runner):
         with torch.cuda.graph(graph, pool=self._pool):
             hidden = self.model.forward(batch, kv, hidden=self._embedded(inputs))
             logits = self.model.head(hidden.rows)
-        return _Step(inputs, logits, graph)
+            best, _, lse = row_max_lse(logits)
+        return _Step(inputs, logits, best, lse, graph)
 
     def _check(self, batch: Batch) -> None:
         """What kernels on the CPU check themselves; on a device nothing can raise."""
