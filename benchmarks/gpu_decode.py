@@ -98,13 +98,13 @@ def fill(w: DeviceWeight, kind: str) -> DeviceWeight:
     device, (n, k) = w.data.device, (w.n, w.k)
     if kind == "bfloat16":
         data = torch.empty((n, k), dtype=torch.bfloat16, device=device).normal_(0, 0.02)
-        return DeviceWeight(data, n, k)
+        return DeviceWeight(data, n, k, gated=w.gated)
     if kind == "int8":
         codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-        return DeviceWeight(codes, n, k, torch.full((n,), 3e-4, device=device))
+        return DeviceWeight(codes, n, k, torch.full((n,), 3e-4, device=device), gated=w.gated)
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
     scale = torch.full((n, k // 128), 4e-3, dtype=torch.float16, device=device)
-    return DeviceWeight(pair_nibbles(codes, 128), n, k, scale, None, 128)
+    return DeviceWeight(pair_nibbles(codes, 128), n, k, scale, None, 128, w.gated)
 
 
 def ours(model: Decoder, rows: int, context: int, graphs: bool) -> Callable[[], None]:

@@ -19,6 +19,12 @@ inline std::string text(int64_t x) { return std::to_string(x); }
 // A ValueError; thrown inside of a launched call, too, where nobody holds the GIL.
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
 
+inline Gate gate_of(const std::string& kind) {
+    if (kind == "silu") return Gate::silu;
+    if (kind == "gelu_tanh") return Gate::gelu_tanh;
+    fail("activation '" + kind + "' is neither silu nor gelu_tanh");
+}
+
 // Runs an operation whose arguments have the right types and shapes. `call` holds them by value and
 // checks what arrays of row numbers say, since a recorded call runs again when they say something
 // else. `bytes` of weights, keys and values is what it reads from memory; a call that only then

@@ -32,6 +32,7 @@ NB_MODULE(_native, m) {
     using namespace nanobind::literals;
     namespace h = hasten;
     namespace nb = nanobind;
+    nb::set_leak_warnings(false);  // models may live until the process ends
 
     h::bind_linear(m);
     h::bind_rows(m);

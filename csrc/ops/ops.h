@@ -8,13 +8,16 @@
 namespace hasten {
 namespace HASTEN_LEVEL {
 
-void linear(const LinearArgs&);
+void linear(const LinearArgs&, const LinearPart* parts, int64_t count);
 void rms_norm(const NormArgs&);
 void add(const AddArgs&);
 void gated(const GatedArgs&);
 void softcap(const SoftcapArgs&);
 void row_max_lse(const MaxLseArgs&);
 void route(const RouteArgs&);
+void group_rows(const GroupArgs&);
+void gather(const GatherArgs&);
+void combine(const CombineArgs&);
 void append(const AppendArgs&);
 void attention(const AttentionArgs&);
 void vector_math(const float* x, int64_t size, bool tanh, float* out);

@@ -148,6 +148,12 @@ def test_tied_weights_stay_one(tiny: Tiny) -> None:
     assert model.output.weight is model.embedding
 
 
+def test_experts_are_refused(tiny: Tiny) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(TypeError, match="no Triton kernel reads weights of the kind Expert"):
+        place(tiny("mixtral", seed=777, **experts), torch.device(DEVICE))  # no other test has it
+
+
 def test_a_graph_needs_a_gpu(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, not cpu"):
         DeviceRunner(tiny(), None, LENGTH, graphs=True)  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ def test_a_forked_child_gets_its_own_threads() -> None:
 def test_numpy_arrays_go_the_slow_way_in() -> None:
     w, x = pack(torch.randn(7, 9)), torch.randn(2, 9)
     out = torch.empty(2, 7)
-    _native.linear(x.numpy(), w.data, 7, None, out)
+    _native.linear(x.numpy(), w.data, 7, 9, None, None, out)
     assert_same_bits(out, linear(x, w))
 
 

@@ -120,7 +120,7 @@ class DeviceRunner(Runner):
 
     Decode steps of up to `MOST_ROWS` rows run as CUDA graphs, one for each number of rows and
     power of two of blocks, captured when such a step comes the second time. Everything else
-    (prompts, trees, hidden states, mixtures of experts) runs kernel by kernel.
+    (prompts, trees, hidden states) runs kernel by kernel.
     """
 
     def __init__(
@@ -128,16 +128,14 @@ class DeviceRunner(Runner):
     ) -> None:
         """``length`` is the longest sequence: tables of angles never grow under a graph.
 
-        ``graphs``: None = where the device is a GPU and the model has no experts, whose choice the
-        host has to see.
+        ``graphs``: None = where the device is a GPU.
         """
         # no `Recorder`: what it does for the CPU, graphs do here
         self.model = model
         self.storage = storage
         self.device = model.device
         self.length = length
-        experts = getattr(model.config, "num_experts", 0)
-        self.graphs = self.device.type == "cuda" and not experts if graphs is None else graphs
+        self.graphs = self.device.type == "cuda" if graphs is None else graphs
         if self.graphs and self.device.type != "cuda":
             raise ValueError(f"CUDA graphs need a CUDA device, not {self.device}")
         self._steps: OrderedDict[tuple[int, int], _Step | None] = OrderedDict()

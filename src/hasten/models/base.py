@@ -21,7 +21,7 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
-from hasten.kernels.linear import Weight
+from hasten.kernels.linear import ExpertWeights, Weight
 from hasten.kernels.rms_norm import rms_norm
 from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
@@ -193,6 +193,8 @@ def _collect(part: Any, found: dict[int, Weight]) -> None:
     """All packed weights that an object holds, directly or in its parts."""
     if isinstance(part, Weight):
         found[id(part)] = part
+    elif isinstance(part, ExpertWeights):
+        _collect(part.weights, found)
     elif isinstance(part, list | tuple):
         for inner in part:
             _collect(inner, found)
@@ -207,6 +209,7 @@ class Decoder(ABC):
     config: ModelConfig
     device: torch.device = torch.device("cpu")
     """Where the weights are; `hasten.models.device.place` brings them elsewhere."""
+    embedding: Weight
     norm: Tensor
     """Weight of the last norm, float32 [H]."""
     sampling_defaults: dict[str, Any]
@@ -220,8 +223,9 @@ class Decoder(ABC):
         """
         found: dict[int, Weight] = {}
         _collect(self, found)
-        unread = 0 if self.config.tied else self.config.vocab_size * self.config.hidden_size
-        return sum(w.nbytes for w in found.values()) - unread * self.config.dtype.itemsize
+        if not self.config.tied:
+            del found[id(self.embedding)]
+        return sum(w.nbytes for w in found.values())
 
     @cached_property
     def parameters(self) -> int:

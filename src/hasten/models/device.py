@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.linear import DeviceWeight, Int4Weight, Int8Weight, PackedWeight, Weight, unpack
-from hasten.kernels.linear.cpu import unpack as unpack_panels
 from hasten.kernels.linear.device import pair_nibbles
 from hasten.kernels.linear.quantized_cpu import unpack_codes
 from hasten.models.base import Decoder
@@ -70,7 +69,7 @@ def _placed(part: Any, device: torch.device, done: dict[int, Any]) -> Any:
             if not name.startswith("config"):
                 setattr(part, name, _placed(inner, device, done))
     elif type(part).__module__.startswith("hasten.kernels"):
-        raise TypeError(f"no Triton kernel reads a {type(part).__name__}")
+        raise TypeError(f"no Triton kernel reads weights of the kind {type(part).__name__}")
     done[id(part)] = part, result  # the part too, so that its identity is not given to another
     return result
 
@@ -83,16 +82,17 @@ def to_device(w: Weight, device: torch.device | str) -> DeviceWeight:
     if isinstance(w, DeviceWeight):
         return w
     if isinstance(w, PackedWeight):
-        if w.data.dim() == 4:
-            parts = [unpack_panels(PackedWeight(data, w.n, w.k)) for data in w.data]
+        if w.data.dim() == 2:
+            parts = [unpack(PackedWeight(data, w.n, w.k), impl="cpu") for data in w.data]
             return DeviceWeight(torch.stack(parts).to(device), w.n, w.k)
-        return DeviceWeight(unpack(w, impl="cpu").to(device), w.n, w.k)
+        return DeviceWeight(unpack(w, impl="cpu").to(device), w.n, w.k, gated=w.gated)
     if w.data.dim() != 1:
-        raise TypeError("no Triton kernel reads the weights of several experts at once yet")
+        raise TypeError("no Triton kernel reads the weights of several experts at once")
     rows = unpack_codes(w)
     if isinstance(w, Int8Weight):
-        return DeviceWeight(rows.codes.to(device), w.n, w.k, rows.scale.to(device))
+        codes, scale = rows.codes.to(device), rows.scale.to(device)
+        return DeviceWeight(codes, w.n, w.k, scale, gated=w.gated)
     assert isinstance(w, Int4Weight)
     nibbles = pair_nibbles(rows.codes, w.group).to(device)
     zero = None if rows.zero is None else rows.zero.to(device)
-    return DeviceWeight(nibbles, w.n, w.k, rows.scale.to(device), zero, w.group)
+    return DeviceWeight(nibbles, w.n, w.k, rows.scale.to(device), zero, w.group, w.gated)

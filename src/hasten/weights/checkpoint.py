@@ -38,4 +38,6 @@ class Checkpoint:
         return _DTYPES[self.dtype]
 
     def matrix(self, source: Weights, wanted: Matrix) -> Weight:
-        return pack_rows(wanted.read(source), wanted.rows, wanted.inputs, source.dtype)
+        return pack_rows(
+            wanted.read(source), wanted.rows, wanted.inputs, source.dtype, gated=wanted.gated
+        )

@@ -24,6 +24,7 @@ class DeviceWeight:
         scale: float32 [n] of int8, float16 [n, k / group] of 4 bits, else None.
         zero: uint8 [n, k / group] of asymmetric 4 bits, else None.
         group: inputs that share a scale; 0 unless 4 bits.
+        gated: the first half of the outputs are gates, the second what they multiply.
     """
 
     data: Tensor
@@ -32,6 +33,7 @@ class DeviceWeight:
     scale: Tensor | None = None
     zero: Tensor | None = None
     group: int = 0
+    gated: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -57,6 +57,7 @@ def linear(
     w: Quantized,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    add: Tensor | None = None,
 ) -> Tensor:
     if isinstance(w, Int8Weight):
         y = _linear_int8(x, w)
@@ -64,6 +65,8 @@ def linear(
         y = _linear_int4(x, w)
     if bias is not None:
         y = y + bias
+    if add is not None:
+        y = y + add
     return y if out is None else out.copy_(y)
 
 

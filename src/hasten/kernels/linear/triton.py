@@ -252,9 +252,12 @@ def linear(
     return out
 
 
-def linear_gated(x: Tensor, w: DeviceWeight, bias: Tensor | None, kind: str) -> Tensor:
+def linear_gated(
+    x: Tensor, w: DeviceWeight, kind: str, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Gate and up as one product, then the activation."""
-    return gated(linear(x, w, bias), kind)
+    y = gated(linear(x, w, bias), kind)
+    return y if out is None else out.copy_(y)
 
 
 def linear_grouped(x: Tensor, w: DeviceWeight, out: Tensor | None = None) -> Tensor:
