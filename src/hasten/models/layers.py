@@ -240,13 +240,21 @@ class Rope:
     def __init__(self, facts: RopeFacts) -> None:
         self._frequencies = torch.tensor(facts.frequencies, dtype=torch.float32)
         self._magnitude = facts.magnitude
+        self._device = torch.device("cpu")
         self._tables = self._compute(0, 2048)
 
     def _compute(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(start, end, dtype=torch.float32)
         angles = (positions[:, None] * self._frequencies).double()
         cos, sin = angles.cos() * self._magnitude, angles.sin() * self._magnitude
-        return cos.float(), sin.float()
+        device = self._device
+        return cos.float().to(device), sin.float().to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Keep the tables on a device; they are still computed on the CPU, with the same bits."""
+        self._device = device
+        cos, sin = self._tables
+        self._tables = cos.to(device), sin.to(device)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), float32 [at least length, D / 2]. Rows never change as the tables grow."""
