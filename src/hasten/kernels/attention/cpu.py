@@ -23,6 +23,7 @@ def paged_attention(
     softcap: float | None,
     return_lse: bool,
     value_dim: int,
+    rope: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the row itself, not {window} positions")
@@ -43,6 +44,7 @@ def paged_attention(
         window or 0,
         sinks,
         softcap or 0.0,
+        *(rope or (None, None)),
         out,
         lse,
     )
