@@ -39,6 +39,7 @@ def append(
     table: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    rotate_keys: bool = True,
 ) -> None: ...
 def paged_attention(
     q: Tensor,
@@ -53,6 +54,8 @@ def paged_attention(
     window: int,
     sinks: int,
     softcap: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
 ) -> None: ...

@@ -44,8 +44,20 @@ class PagedKV:
         k_pages, v_pages, index = self.storage.layer(layer)
         group, table = self.storage.layout.groups[index], self.tables[index]
         cos, sin = rope.tables(self.length)
+        rotated = self.storage.layout.key_space == "rotated"
         append(
-            q, k, v, cos, sin, self.positions, self.slots, self.table_row, table, k_pages, v_pages
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            self.positions,
+            self.slots,
+            self.table_row,
+            table,
+            k_pages,
+            v_pages,
+            rotated,
         )
         out = paged_attention(
             q,
@@ -61,6 +73,7 @@ class PagedKV:
             group.sinks,
             softcap,
             value_dim=self.storage.layout.value_dim,
+            rope=None if rotated else rope.page_tables(self.length),
         )
         assert isinstance(out, Tensor)  # alone, as no log-sum-exp was asked for
         return out.flatten(1)

@@ -29,6 +29,7 @@ def paged_attention(
         raise ValueError(f"a window holds at least the row itself, not {window} positions")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"the soft cap must be positive, not {softcap}")
+    cos, sin = rope or (None, None)
     out = torch.empty((*q.shape[:2], value_dim))
     lse = torch.empty(q.shape[:2]) if return_lse else None
     _native.paged_attention(
@@ -44,7 +45,8 @@ def paged_attention(
         window or 0,
         sinks,
         softcap or 0.0,
-        *(rope or (None, None)),
+        cos,
+        sin,
         out,
         lse,
     )

@@ -31,7 +31,8 @@ def move_slots(
             pages = table[row, :, slot // PAGE]
             if ((pages < 0) | (pages >= k.shape[1])).any():
                 raise ValueError(f"slot {slot} lies in a block that holds no valid page")
-    dim, floats = k.shape[3], ()
+    dim = k.shape[3]
+    floats: tuple[Tensor, ...] = ()
     if k.dtype == torch.int8:
         dim -= 8 if v.shape[4] else 4
         floats = tuple(s.unflatten(0, k.shape[:2]) for s in scales_of(k.flatten(0, 1), dim))
