@@ -16,6 +16,7 @@ void linear_int8_vnni(const QuantizedArgs&, const LinearPart* parts, int64_t cou
 void linear_int4_vnni(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 #endif
 void rms_norm(const NormArgs&);
+void add(const AddArgs&);
 void gated(const GatedArgs&);
 void softcap(const SoftcapArgs&);
 void row_max_lse(const MaxLseArgs&);
