@@ -121,6 +121,7 @@ def append(
     table: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    rotate_keys: bool = True,
 ) -> None: ...
 def paged_attention(
     q: Tensor,
@@ -135,6 +136,8 @@ def paged_attention(
     window: int,
     sinks: int,
     softcap: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
 ) -> None: ...

@@ -28,7 +28,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal in every bit, so that NaN equals NaN and 0 differs from -0."""
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
-    integer = {4: torch.int32, 2: torch.int16, 8: torch.int64}[actual.dtype.itemsize]
+    integer = {4: torch.int32, 2: torch.int16, 8: torch.int64, 1: torch.int8}[actual.dtype.itemsize]
     a, b = actual.contiguous().view(integer), expected.contiguous().view(integer)
     if not torch.equal(a, b):
         where = (a != b).nonzero()

@@ -7,16 +7,20 @@ import torch
 from torch import Tensor
 
 from hasten import _native
+from hasten.kernels.activation import gated
 from hasten.kernels.embedding import embed
 from hasten.kernels.linear import (
     Int4Weight,
     Int8Weight,
     Rows,
     linear,
+    linear_experts,
+    linear_gated,
     pack_int4,
     pack_int4_rows,
     pack_int8,
     pack_int8_rows,
+    stack_experts,
     unpack,
 )
 from hasten.kernels.linear.quantized_ref import quantize, unpack_codes
@@ -51,13 +55,20 @@ def int4_rows(n: int, k: int, group: int, asymmetric: bool) -> Rows:
     return Rows(codes, torch.randn(shape).mul(0.1).half(), zero)
 
 
-def weight_of(shape: tuple[int, ...]) -> Quantized:
+def weight_of(shape: tuple[int, ...], gated: bool = False) -> Quantized:
     if len(shape) == 2:
         rows = int8_rows(*shape)
-        return pack_int8(rows.codes, rows.scale)
+        return pack_int8(rows.codes, rows.scale, gated=gated)
     n, k, group, asymmetric = shape
     rows = int4_rows(n, k, group, bool(asymmetric))
-    return pack_int4(rows.codes, rows.scale, rows.zero, group=group)
+    return pack_int4(rows.codes, rows.scale, rows.zero, group=group, gated=gated)
+
+
+def ungated(w: Quantized) -> Quantized:
+    rows = unpack_codes(w)
+    if isinstance(w, Int8Weight):
+        return pack_int8(rows.codes, rows.scale)
+    return pack_int4(rows.codes, rows.scale, rows.zero, group=w.group)
 
 
 SHAPES: list[tuple[int, ...]] = [*INT8_SHAPES, *INT4_SHAPES]
@@ -250,6 +261,63 @@ def test_strided_rows_and_out(shape: tuple[int, ...], rows: int) -> None:
     assert (out[:, :3] == 7).all() and (out[:, 24:] == 7).all()
 
 
+@pytest.mark.parametrize("shape", [(37, 300), (200, 128, 64, True)])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_residual_is_added_last(shape: tuple[int, ...], rows: int) -> None:
+    w, x, bias = weight_of(shape), torch.randn(rows, shape[1]), torch.randn(shape[0])
+    add = torch.randn(rows, shape[0] + 5)[:, 2:-3]
+    for machine in machines(INTEGER_ISAS):
+        assert_same_bits(linear(x, w, add=add), linear(x, w) + add, machine)
+        assert_same_bits(linear(x, w, bias, add=add), linear(x, w, bias) + add, machine)
+    assert_same_bits(linear(x, w, bias, add.clone(), add=add), linear(x, w, bias) + add)
+
+
+# halves that end inside of a panel, and strips of two and four panels
+@pytest.mark.parametrize("shape", [(10, 45), (96, 300), (132, 96, 32, True), (300, 128, 64, False)])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+def test_gated_is_linear_and_activation(shape: tuple[int, ...], kind: str) -> None:
+    w, bias = weight_of(shape, gated=True), torch.randn(shape[0])
+    x, plain = torch.randn(9, shape[1]), ungated(w)
+    for machine in machines(INTEGER_ISAS):
+        for with_bias in (None, bias):
+            expected = gated(linear(x, plain, with_bias), kind)
+            assert_same_bits(linear_gated(x, w, kind, with_bias), expected, machine)
+            assert_same_bits(linear_gated(x[:1], w, kind, with_bias), expected[:1], machine)
+    reference = linear_gated(x, w, kind, bias, impl="ref")
+    assert torch.allclose(linear_gated(x, w, kind, bias), reference, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="linear_gated reads it"):
+        linear(x, w)
+    with pytest.raises(ValueError, match="pack it with gated=True"):
+        linear_gated(x, plain, kind)
+
+
+@pytest.mark.parametrize("shape", [(96, 45), (132, 96, 32, True)])
+@pytest.mark.parametrize("kind", [None, "silu"])
+@pytest.mark.parametrize("counts", [[3, 0, 1, 20], [0, 0, 2, 0], [1, 1, 0, 0]])
+def test_experts_are_one_linear_each(
+    shape: tuple[int, ...], kind: str | None, counts: list[int]
+) -> None:
+    weights = [weight_of(shape, gated=kind is not None) for _ in counts]
+    x = torch.randn(sum(counts), shape[1])
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    for machine in machines(INTEGER_ISAS):
+        expected = torch.cat(
+            [
+                linear(part, w) if kind is None else linear_gated(part, w, kind)
+                for part, w in zip(x.split(counts), weights, strict=True)
+            ]
+        )
+        got = linear_experts(x, stack_experts(weights), offsets, kind)
+        assert_same_bits(got, expected, machine)
+    reference = linear_experts(x, stack_experts(weights), offsets, kind, impl="ref")
+    assert torch.allclose(expected, reference, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="one shape and type"):
+        stack_experts([weights[0], weight_of((32, 32))])
+    for impl, error in (("cpu", "offsets do not"), ("ref", "do not divide")):
+        with pytest.raises(ValueError, match=error):
+            linear_experts(x, stack_experts(weights), offsets + 1, kind, impl=impl)
+
+
 def test_padding_is_not_read_into_outputs() -> None:
     for shape in ((5, 61), (5, 64, 32, True)):
         w, x = weight_of(shape), torch.randn(8, shape[1])
@@ -288,7 +356,7 @@ def test_refuses_what_does_not_fit() -> None:
         pack_int8(codes - 128, scale)
     with pytest.raises(ValueError, match="1 to 131072 inputs"):
         pack_int8(torch.zeros((1, (1 << 17) + 1), dtype=torch.int8), scale[:1])
-    with pytest.raises(ValueError, match="gates"):
+    with pytest.raises(ValueError, match="no gate and up halves"):
         pack_int8(codes[:3], scale[:3], gated=True)
     four, halves = codes.view(torch.uint8), torch.zeros((4, 2)).half()
     with pytest.raises(ValueError, match="32, 64 or 128 inputs, not 48"):

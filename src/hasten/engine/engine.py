@@ -119,7 +119,7 @@ class Engine:
         self.model = model
         facts = model.config
         stack.check(facts.provides, facts.architecture)
-        plain = facts.kv_layout(stack["codec"].torch_dtype)
+        plain = stack["codec"].layout(facts.kv_layout())
         groups = tuple(stack["select"].view(group) for group in plain.groups)
         layout = replace(plain, groups=groups)
         longest = self.config.max_length or facts.max_positions

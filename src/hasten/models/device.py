@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten.kernels.linear import DeviceWeight, Int4Weight, Int8Weight, PackedWeight, Weight, unpack
 from hasten.kernels.linear.device import pair_nibbles
-from hasten.kernels.linear.quantized_cpu import unpack_codes
+from hasten.kernels.linear.quantized_ref import unpack_codes
 from hasten.models.base import Decoder
 from hasten.models.layers import Rope
 

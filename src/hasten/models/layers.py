@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hasten.cache.layout import PAGE_SIZE
 from hasten.kernels.linear import (
     Weight,
     linear,
@@ -242,6 +243,7 @@ class Rope:
         self._magnitude = facts.magnitude
         self._device = torch.device("cpu")
         self._tables = self._compute(0, 2048)
+        self._page_tables: tuple[Tensor, Tensor] | None = None
 
     def _compute(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(start, end, dtype=torch.float32)
@@ -264,6 +266,16 @@ class Rope:
         more = self._compute(cos.shape[0], 1 << (length - 1).bit_length())
         self._tables = tables = torch.cat([cos, more[0]]), torch.cat([sin, more[1]])
         return tables
+
+    def page_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """The same as keys lie in pages: [blocks, D / 2, 16] of at least ``length`` positions."""
+        if self._page_tables is None or length > self._page_tables[0].shape[0] * PAGE_SIZE:
+            cos, sin = (
+                table.unflatten(0, (-1, PAGE_SIZE)).transpose(1, 2).contiguous()
+                for table in self.tables(length)
+            )
+            self._page_tables = cos, sin
+        return self._page_tables
 
 
 def rope_facts(

@@ -153,7 +153,11 @@ def paged_attention(
     softcap: float | None,
     return_lse: bool,
     value_dim: int,
+    rope: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    if rope is not None or k_pages.dtype == torch.int8:
+        what = "int8 pages" if rope is None else "keys before the rotation"
+        raise RuntimeError(f"{what} have no 'triton' implementation")
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the row itself, not {window} positions")
     if softcap is not None and softcap <= 0:

@@ -10,9 +10,10 @@ from hasten.kernels.dispatch import operation
 def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, *, impl: str | None = None) -> None:
     """Copy whole pages over all layers, ``src[i]`` to ``dst[i]`` in the given order.
 
-    ``k`` is [L, N, Hg, D, 16], ``v`` [L, N, Hg, 16, Dp] (Dp may be 0), float32 or bfloat16;
-    ``src`` and ``dst`` are int64 [n]. Raises ValueError for page ids outside of [0, N), before
-    anything is written.
+    ``k`` is [L, N, Hg, D, 16], ``v`` [L, N, Hg, 16, Dp] (Dp may be 0), float32, bfloat16 or int8
+    (with rows for scales, see :func:`hasten.kernels.attention.paged_attention`); ``src`` and
+    ``dst`` are int64 [n]. Raises ValueError for page ids outside of [0, N), before anything is
+    written.
     """
     operation(__name__, "copy_pages", impl, k)(k, v, src, dst)
 

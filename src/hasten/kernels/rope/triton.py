@@ -69,7 +69,10 @@ def append(
     table: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    rotate_keys: bool = True,
 ) -> None:
+    if not rotate_keys:
+        raise RuntimeError("keys before the rotation have no 'triton' implementation")
     rows, q_heads, dim = q.shape
     half, padded = cos.shape[1], v_pages.shape[3]
     if k_pages.shape[1] * table.shape[1] != k.shape[1] or k_pages.shape[2] != dim:
