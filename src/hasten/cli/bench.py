@@ -11,6 +11,7 @@ import typer
 
 from hasten.cli import bench_serve, bench_startup
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def latency(
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     input_len: InputLen = 128,
     output_len: OutputLen = 64,
     batch: o.Batch = 1,
@@ -52,7 +54,7 @@ def latency(
         _measure(
             "latency",
             model,
-            stack,
+            with_weights(stack, weights),
             batch,
             input_len,
             output_len,
@@ -71,6 +73,7 @@ def latency(
 def throughput(
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 128,
     input_len: InputLen = 128,
     output_len: OutputLen = 64,
@@ -91,7 +94,7 @@ def throughput(
         _measure(
             "throughput",
             model,
-            stack,
+            with_weights(stack, weights),
             num_prompts,
             input_len,
             output_len,
