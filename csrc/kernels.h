@@ -185,6 +185,19 @@ struct AttentionArgs {
     int64_t* missing;  // set to 1 + row * blocks + block of a row that needs a page it lacks
 };
 
+// Rows rounded to the nearest of their codes: int8 without a group, else 4 bits.
+struct RtnArgs {
+    const void* x;  // [rows, k], float or bf16
+    bool x_bf16;
+    int64_t x_stride, rows, k, group;
+    const float* clip;  // [clips]: shares of the full range that are tried
+    int64_t clips;
+    void* codes;    // [rows, k] int8, or bytes below 16
+    void* scale;    // [rows] float, or [rows, k / group] float16
+    uint8_t* zero;  // as scale, or null: 8
+    int* bad;       // set where a value or scale is not finite
+};
+
 struct Kernels {
     void (*linear)(const LinearArgs&, const LinearPart* parts, int64_t count);
     void (*linear_int8)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
@@ -198,6 +211,7 @@ struct Kernels {
     void (*group_rows)(const GroupArgs&);
     void (*gather)(const GatherArgs&);
     void (*combine)(const CombineArgs&);
+    void (*rtn)(const RtnArgs&);
     void (*append)(const AppendArgs&);
     void (*attention)(const AttentionArgs&);
     void (*vector_math)(const float* x, int64_t size, bool tanh, float* out);  // for tests

@@ -24,6 +24,7 @@ void route(const RouteArgs&);
 void group_rows(const GroupArgs&);
 void gather(const GatherArgs&);
 void combine(const CombineArgs&);
+void rtn(const RtnArgs&);
 void append(const AppendArgs&);
 void attention(const AttentionArgs&);
 void vector_math(const float* x, int64_t size, bool tanh, float* out);

@@ -175,3 +175,7 @@ def read_bandwidth(bytes: int = ..., repeats: int = ...) -> float:
 
     The best window of 64 MiB in ``repeats`` passes; the buffer should exceed every cache.
     """
+
+def rtn(
+    values: Tensor, group: int, clips: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None
+) -> None: ...

@@ -12,6 +12,7 @@ import typer
 
 from hasten.cli import bench_serve, bench_startup
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +38,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def latency(
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     input_len: InputLen = 128,
     output_len: OutputLen = 64,
     batch: o.Batch = 1,
@@ -57,7 +59,7 @@ def latency(
         _measure(
             "latency",
             model,
-            stack,
+            with_weights(stack, weights),
             batch,
             input_len,
             output_len,
@@ -77,6 +79,7 @@ def latency(
 def throughput(
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 128,
     input_len: InputLen = 128,
     output_len: OutputLen = 64,
@@ -98,7 +101,7 @@ def throughput(
         _measure(
             "throughput",
             model,
-            stack,
+            with_weights(stack, weights),
             num_prompts,
             input_len,
             output_len,

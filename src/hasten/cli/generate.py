@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 
 def generate(
@@ -16,6 +17,7 @@ def generate(
     ] = None,
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     max_tokens: o.MaxTokens = 256,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
@@ -38,6 +40,7 @@ def generate(
     Example: hasten generate 'def add(a, b):' --stack draft=prompt-lookup
     """
     with o.one_line_errors():
+        stack = with_weights(stack, weights)
         if prompt is None or prompt == "-":
             if sys.stdin.isatty():
                 o.fail("give a prompt, or pipe one in: echo 'import os' | hasten generate")

@@ -35,6 +35,14 @@ StackText = Annotated[
         "'hasten methods' lists them. Default: the plain choice everywhere.",
     ),
 ]
+WeightsText = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Short for a choice of weights in the stack: int8, int4 ('int4(group=64)'), bf16. "
+        "Default: as the model's files have them.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy. Default: what the model's files say.")
