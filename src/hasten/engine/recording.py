@@ -112,6 +112,8 @@ class Recorder:
         for name in INPUTS:
             setattr(own, name, getattr(batch, name).copy())
         kv, tape = PagedKV(self.storage, own), _native.Tape()
+        for rope in self.model.ropes:
+            rope.tables(kv.length)  # grow now: torch computes them
         self._memory.reuse()
         try:
             with _KernelsOnly(self._memory):

@@ -182,16 +182,16 @@ class Hidden:
     captured: dict[int, Tensor] = field(default_factory=dict)
 
 
-def _collect(part: Any, found: dict[int, PackedWeight]) -> None:
-    """All packed weights that an object holds, directly or in its parts."""
-    if isinstance(part, PackedWeight):
+def _collect(part: Any, kind: type, found: dict[int, Any]) -> None:
+    """All objects of a kind that an object holds, directly or in its parts."""
+    if isinstance(part, kind):
         found[id(part)] = part
     elif isinstance(part, list | tuple):
         for inner in part:
-            _collect(inner, found)
+            _collect(inner, kind, found)
     elif type(part).__module__.startswith("hasten.models") and hasattr(part, "__dict__"):
         for inner in vars(part).values():
-            _collect(inner, found)
+            _collect(inner, kind, found)
 
 
 class Decoder(ABC):
@@ -210,7 +210,7 @@ class Decoder(ABC):
         For a mixture of experts this counts every expert, as a full batch reads them.
         """
         found: dict[int, PackedWeight] = {}
-        _collect(self, found)
+        _collect(self, PackedWeight, found)
         unread = 0 if self.config.tied else self.config.vocab_size * self.config.hidden_size
         return sum(w.nbytes for w in found.values()) - unread * self.config.dtype.itemsize
 
@@ -218,8 +218,15 @@ class Decoder(ABC):
     def parameters(self) -> int:
         """Numbers in the matrices; norms and biases add less than a thousandth."""
         found: dict[int, PackedWeight] = {}
-        _collect(self, found)
+        _collect(self, PackedWeight, found)
         return sum(w.size for w in found.values())
+
+    @cached_property
+    def ropes(self) -> list[Rope]:
+        """The rotations of its layers."""
+        found: dict[int, Rope] = {}
+        _collect(self, Rope, found)
+        return list(found.values())
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
