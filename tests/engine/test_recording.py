@@ -238,3 +238,8 @@ def test_an_engine_counts_recorded_steps_and_can_do_without(
     assert engine.stats.recorded_steps == 0
     assert engine.executor.runner.recorder.refused == "HASTEN_RECORD=0"  # type: ignore[attr-defined]
     assert recorded == plain
+
+
+def test_recording_does_not_load_the_compiler() -> None:
+    """torch wraps a mode's handler in one that imports its compiler: a second at the start."""
+    assert not hasattr(recording._KernelsOnly.__torch_dispatch__, "__wrapped__")

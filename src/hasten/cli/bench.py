@@ -40,6 +40,7 @@ def latency(
     peers: Peers = False,
     output: Output = None,
     as_json: AsJson = False,
+    profile: o.Profile = False,
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
@@ -64,6 +65,7 @@ def latency(
             max_length,
             kv_bytes,
             threads,
+            profile,
         )
 
 
@@ -121,6 +123,7 @@ def _measure(
     max_length: int | None,
     kv_bytes: int | None,
     threads: int | None,
+    profile: bool = False,
 ) -> None:
     o.folder_to_write(output)
     o.set_threads(threads)
@@ -145,7 +148,7 @@ def _measure(
         dtype = front.engine.model.config.dtype
         contestants.append(TransformersContestant(str(front.folder), dtype, front.tokenizer))
     params = o.sampling(max_tokens=output_len, temperature=0.0)
-    with o.line_of_rounds(rounds) as show:
+    with o.profiled(front.engine, profile), o.line_of_rounds(rounds) as show:
         rows = comparison.compare(contestants, items, params, rounds, show)
     achieved, achievable = bandwidth_share(front.engine)
     shape = f"{count} prompts of {input_len} tokens, {output_len} generated, batch {batch}"

@@ -146,6 +146,10 @@ class _KernelsOnly(TorchDispatchMode):
         super().__init__()
         self.memory = memory
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler with the first operation, for a second
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
