@@ -28,13 +28,16 @@ def show(profile: Profile, engine: Engine) -> None:
 
 
 def table(name: str, steps: Steps, bandwidth: float) -> Table:
-    """Time, calls and bytes by operation, a step."""
+    """Time, calls and bytes by operation, a step; ``roof`` is the share of the read bandwidth.
+
+    Text is made, and the caller works, between steps.
+    """
     from rich.table import Table
 
     whole = steps.seconds + steps.between
     made = Table(title=f"{steps.count} {name}, {steps.rows / steps.count:.1f} rows each")
-    made.add_column("operation")
-    for column in ("calls", "µs", "share", "µs a call", "MB", "GB/s", "of bandwidth"):
+    made.add_column("operation", no_wrap=True)
+    for column in ("calls", "µs", "share", "µs/call", "MB", "GB/s", "roof"):
         made.add_column(column, justify="right")
 
     def row(what: str, seconds: float, calls: int = 0, nbytes: int = 0) -> None:
@@ -57,7 +60,7 @@ def table(name: str, steps: Steps, bandwidth: float) -> Table:
     calls = sum(spent.calls for _, spent in by_time)
     row("all operations", steps.native_seconds, calls, sum(s.bytes for _, s in by_time))
     row("Python in the step", steps.seconds - steps.native_seconds)
-    row("between steps (text, caller)", steps.between)
+    row("between steps", steps.between)
     made.add_section()
     row("a step", whole)
     return made
