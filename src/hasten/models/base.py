@@ -21,11 +21,12 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
-from hasten.kernels.linear import PackedWeight
+from hasten.kernels.linear import Weight
 from hasten.kernels.rms_norm import rms_norm
 from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
 from hasten.models.layers import Linear, Rope, RopeFacts, rope_facts, vector
+from hasten.weights.base import WeightFormat
 
 # Larger sizes than any model has; a bound on what a hostile config.json can make us allocate.
 MAX_LAYERS = 4096
@@ -136,9 +137,15 @@ def layer_windows(facts: Facts, windowed: Callable[[int], bool]) -> tuple[int | 
 
 
 class Weights(Protocol):
-    """Where a model's tensors come from: a checkpoint, or generated ones."""
+    """Where a model's tensors come from: a checkpoint, or generated ones.
+
+    Attributes:
+        dtype: in which matrices are read.
+        format: in which they are held; architectures leave it to `Linear.load`.
+    """
 
     dtype: torch.dtype
+    format: WeightFormat
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that name as stored; its shape is checked before it is read."""
@@ -182,7 +189,7 @@ class Hidden:
     captured: dict[int, Tensor] = field(default_factory=dict)
 
 
-def _collect(part: Any, kind: type, found: dict[int, Any]) -> None:
+def _collect(part: Any, kind: Any, found: dict[int, Any]) -> None:
     """All objects of a kind that an object holds, directly or in its parts."""
     if isinstance(part, kind):
         found[id(part)] = part
@@ -209,16 +216,16 @@ class Decoder(ABC):
 
         For a mixture of experts this counts every expert, as a full batch reads them.
         """
-        found: dict[int, PackedWeight] = {}
-        _collect(self, PackedWeight, found)
+        found: dict[int, Weight] = {}
+        _collect(self, Weight, found)
         unread = 0 if self.config.tied else self.config.vocab_size * self.config.hidden_size
         return sum(w.nbytes for w in found.values()) - unread * self.config.dtype.itemsize
 
     @cached_property
     def parameters(self) -> int:
         """Numbers in the matrices; norms and biases add less than a thousandth."""
-        found: dict[int, PackedWeight] = {}
-        _collect(self, PackedWeight, found)
+        found: dict[int, Weight] = {}
+        _collect(self, Weight, found)
         return sum(w.size for w in found.values())
 
     @cached_property
@@ -295,7 +302,9 @@ class StackedDecoder(Decoder):
         self.config = config
         rope = Rope(config.rope)
         tokens = {"model.embed_tokens": config.vocab_size}
-        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
+        self.embedding = Linear.load(
+            weights, tokens, config.hidden_size, role="head" if config.tied else "embedding"
+        ).weight
         self.layers = [
             self.layer_class(config, weights, index, rope) for index in range(config.num_layers)
         ]
@@ -303,7 +312,9 @@ class StackedDecoder(Decoder):
         self.output = (
             Linear(self.embedding)
             if config.tied
-            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
+            else Linear.load(
+                weights, {"lm_head": config.vocab_size}, config.hidden_size, role="head"
+            )
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

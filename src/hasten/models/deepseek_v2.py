@@ -200,7 +200,9 @@ class Experts:
 
     def __init__(self, config: Config, weights: Weights, at: str) -> None:
         self.config = config
-        self.router = Linear.load(weights, {f"{at}.gate": config.num_experts}, config.hidden_size)
+        self.router = Linear.load(
+            weights, {f"{at}.gate": config.num_experts}, config.hidden_size, role="router"
+        )
         self.experts = [
             mlp(config, weights, f"{at}.experts.{expert}", config.expert_size)
             for expert in range(config.num_experts)

@@ -96,7 +96,9 @@ class Model(Decoder):
         self.logit_cap = config.logit_cap
         rope = Rope(config.rope)
         tokens = {"model.embed_tokens": config.vocab_size}
-        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
+        self.embedding = Linear.load(
+            weights, tokens, config.hidden_size, role="head" if config.tied else "embedding"
+        ).weight
         # The checkpoints were trained with this factor rounded to the type of the embedding.
         self.embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=config.dtype))
         self.layers = [Layer(config, weights, i, rope) for i in range(config.num_layers)]
@@ -104,7 +106,9 @@ class Model(Decoder):
         self.output = (
             Linear(self.embedding)
             if config.tied
-            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
+            else Linear.load(
+                weights, {"lm_head": config.vocab_size}, config.hidden_size, role="head"
+            )
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

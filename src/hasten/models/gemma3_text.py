@@ -137,7 +137,9 @@ class Model(Decoder):
         self.config = config
         self.logit_cap = config.logit_cap
         tokens = {"model.embed_tokens": config.vocab_size}
-        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
+        self.embedding = Linear.load(
+            weights, tokens, config.hidden_size, role="head" if config.tied else "embedding"
+        ).weight
         # The checkpoints were trained with this factor rounded to the type of the embedding.
         self.embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=config.dtype))
         rope, local = Rope(config.rope), Rope(config.local_rope)
@@ -149,7 +151,9 @@ class Model(Decoder):
         self.output = (
             Linear(self.embedding)
             if config.tied
-            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
+            else Linear.load(
+                weights, {"lm_head": config.vocab_size}, config.hidden_size, role="head"
+            )
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ class Layer:
             )
             for expert in range(config.num_experts)
         ]
-        router = Linear.load(weights, {f"{moe}.gate": config.num_experts}, config.hidden_size)
+        router = Linear.load(
+            weights, {f"{moe}.gate": config.num_experts}, config.hidden_size, role="router"
+        )
         self.moe = Experts(router, experts, config.experts_per_token, normalize=True)
 
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:

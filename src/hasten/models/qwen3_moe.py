@@ -68,7 +68,9 @@ def feed_forward(config: Config, weights: Weights, at: str, sparse: bool) -> Exp
 
     if not sparse:
         return mlp(at, config.ffn_size)
-    router = Linear.load(weights, {f"{at}.gate": config.num_experts}, config.hidden_size)
+    router = Linear.load(
+        weights, {f"{at}.gate": config.num_experts}, config.hidden_size, role="router"
+    )
     experts = [mlp(f"{at}.experts.{i}", config.expert_size) for i in range(config.num_experts)]
     return Experts(router, experts, config.experts_per_token, config.normalize_shares)
 

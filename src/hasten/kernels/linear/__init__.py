@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.kernels.dispatch import choose
-from hasten.kernels.linear import cpu, ref
+from hasten.kernels.linear import cpu, quantized_cpu, quantized_ref, ref
 from hasten.kernels.linear.packed import PANEL, PackedWeight, packed_dtype
+from hasten.kernels.linear.quantized import (
+    GROUPS,
+    Int4Weight,
+    Int8Weight,
+    Rows,
+    check_rows,
+    empty_int4,
+    empty_int8,
+)
 
 __all__ = [
+    "GROUPS",
     "PANEL",
+    "Int4Weight",
+    "Int8Weight",
     "PackedWeight",
+    "Rows",
+    "Weight",
     "linear",
     "linear_grouped",
     "pack",
     "pack_grouped",
+    "pack_int4",
+    "pack_int4_rows",
+    "pack_int8",
+    "pack_int8_rows",
     "pack_rows",
     "unpack",
 ]
+
+Weight = PackedWeight | Int8Weight | Int4Weight
+"""What a linear layer multiplies by."""
+
+# For each kind of weight the modules that have `linear`, `unpack` and `embed` for it.
+_FAMILIES: dict[type, dict[str, Any]] = {
+    PackedWeight: {"ref": ref, "cpu": cpu},
+    Int8Weight: {"ref": quantized_ref, "cpu": quantized_cpu},
+    Int4Weight: {"ref": quantized_ref, "cpu": quantized_cpu},
+}
+
+
+def implementation(w: Weight, impl: str | None, tensor: Tensor) -> Any:
+    """The module that computes with this kind of weight, for tensors like this one."""
+    return _FAMILIES[type(w)][choose(impl, tensor)]
 
 
 def pack(weight: Tensor, *, impl: str | None = None) -> PackedWeight:
@@ -66,14 +100,95 @@ def pack_grouped(weights: Tensor, *, impl: str | None = None) -> PackedWeight:
     return PackedWeight(torch.stack([run(weight).data for weight in weights]), *weights.shape[1:])
 
 
-def unpack(w: PackedWeight, *, impl: str | None = None) -> Tensor:
-    """The weight [N, K] in the type in which it is kept."""
-    return cpu.unpack(w) if choose(impl, w.data) == "cpu" else ref.unpack(w)
+def pack_int8(
+    codes: Tensor, scale: Tensor, *, gated: bool = False, impl: str | None = None
+) -> Int8Weight:
+    """A weight [N, K] from codes int8 in [-127, 127] and a scale float32 [N] for each output.
+
+    With ``gated`` the first half of the rows are gates: see `Int8Weight`. Raises TypeError or
+    ValueError for other types, shapes and codes, and for more than 2^17 inputs.
+    """
+    return pack_int8_rows([Rows(codes, scale)], *codes.shape, gated=gated, impl=impl)
+
+
+def pack_int8_rows(
+    parts: Iterable[Rows], n: int, k: int, *, gated: bool = False, impl: str | None = None
+) -> Int8Weight:
+    """As `pack_int8` with rows in parts, of which only the one at hand is held.
+
+    Raises ValueError also if the parts do not make N rows.
+    """
+    w = empty_int8(n, k, gated=gated)
+    _put_all(parts, w, impl)
+    return w
+
+
+def pack_int4(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    group: int,
+    gated: bool = False,
+    impl: str | None = None,
+) -> Int4Weight:
+    """A weight [N, K] from codes uint8 in [0, 15], scales float16 [N, K / group] and, for the
+    asymmetric form, zeros uint8 [N, K / group]; without them the zero is 8.
+
+    ``group`` is 32, 64 or 128 and divides K. With ``gated`` the first half of the rows are gates:
+    see `Int4Weight`. Raises TypeError or ValueError for other types, shapes and codes.
+    """
+    return pack_int4_rows(
+        [Rows(codes, scale, zero)],
+        *codes.shape,
+        group=group,
+        asymmetric=zero is not None,
+        gated=gated,
+        impl=impl,
+    )
+
+
+def pack_int4_rows(
+    parts: Iterable[Rows],
+    n: int,
+    k: int,
+    *,
+    group: int,
+    asymmetric: bool = False,
+    gated: bool = False,
+    impl: str | None = None,
+) -> Int4Weight:
+    """As `pack_int4` with rows in parts, of which only the one at hand is held.
+
+    Raises ValueError also if the parts do not make N rows.
+    """
+    w = empty_int4(n, k, group=group, asymmetric=asymmetric, gated=gated)
+    _put_all(parts, w, impl)
+    return w
+
+
+def _put_all(parts: Iterable[Rows], w: Int8Weight | Int4Weight, impl: str | None) -> None:
+    run = implementation(w, impl, w.data)
+    found = 0
+    for rows in parts:
+        check_rows(rows, w)
+        if found + len(rows.codes) <= w.n:
+            run.put(rows, w, found)
+        found += len(rows.codes)
+        if found > w.n:
+            break
+    if found != w.n:
+        raise ValueError(f"the parts of a weight have {found} rows, not {w.n}")
+
+
+def unpack(w: Weight, *, impl: str | None = None) -> Tensor:
+    """The weight [N, K] in the type in which it is kept; float32 if that is integers."""
+    return implementation(w, impl, w.data).unpack(w)
 
 
 def linear(
     x: Tensor,
-    w: PackedWeight,
+    w: Weight,
     bias: Tensor | None = None,
     out: Tensor | None = None,
     *,
@@ -83,13 +198,13 @@ def linear(
 
     ``x`` is float32 [R, K] (rows may be strided), ``bias`` float32 [N], the result float32 [R, N],
     written to ``out`` if given (rows may be strided). Weights in bfloat16 are widened to float32;
-    activations are never narrowed. Each output is one chain of fused multiply-adds over K in
-    ascending order, then the bias, whatever the number of rows. Raises TypeError or ValueError for
-    other types or shapes.
+    activations are then never narrowed, and each output is one chain of fused multiply-adds over K
+    in ascending order, then the bias, whatever the number of rows. Against 8-bit and 4-bit weights
+    a row of activations becomes 8-bit codes, with one scale a row or a group of inputs, sums of
+    products are exact integers, and groups are added in ascending order (``quantized_ref`` has
+    each operation). Raises TypeError or ValueError for other types or shapes.
     """
-    if choose(impl, x) == "cpu":
-        return cpu.linear(x, w, bias, out)
-    return ref.linear(x, w, bias, out)
+    return implementation(w, impl, x).linear(x, w, bias, out)
 
 
 def linear_grouped(
