@@ -38,7 +38,7 @@ def test_operations_are_counted_by_kind_of_step(
     operations = profile.decode.operations
     assert operations["attention"].calls == operations["append"].calls == 5 * layers
     assert operations["linear"].calls == 5 * (4 * layers + 1)
-    assert operations["row_max_lse"].calls == operations["embed"].calls == 5
+    assert operations["row_top"].calls == operations["embed"].calls == 5
     assert operations["linear"].bytes == pytest.approx(5 * model.weight_bytes, rel=0.02)
     assert 0 < profile.decode.native_seconds < profile.decode.seconds
     assert profile.decode.kv_bytes == engine.stats.decode_kv_bytes > 0
