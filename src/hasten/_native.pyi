@@ -2,11 +2,88 @@
 
 from torch import Tensor
 
-def linear(x: Tensor, w: Tensor, n: int, bias: Tensor | None, out: Tensor) -> None: ...
-def linear_grouped(x: Tensor, w: Tensor, n: int, out: Tensor) -> None: ...
-def pack(weight: Tensor, out: Tensor) -> None: ...
-def unpack(w: Tensor, n: int, out: Tensor) -> None: ...
-def embed(ids: Tensor, w: Tensor, n: int, out: Tensor) -> None: ...
+class TensorList:
+    """Tensors of one shape and type, kept alive."""
+
+    def __init__(self, tensors: list[Tensor]) -> None: ...
+
+def linear(
+    x: Tensor, w: Tensor, n: int, k: int, bias: Tensor | None, add: Tensor | None, out: Tensor
+) -> None: ...
+def linear_gated(
+    x: Tensor, w: Tensor, n: int, k: int, bias: Tensor | None, kind: str, out: Tensor
+) -> None: ...
+def linear_grouped(x: Tensor, w: Tensor, n: int, k: int, out: Tensor) -> None: ...
+def linear_experts(
+    x: Tensor,
+    weights: TensorList,
+    n: int,
+    k: int,
+    kind: str | None,
+    offsets: Tensor,
+    out: Tensor,
+) -> None: ...
+def pack(rows: Tensor, first: int, n: int, gated: bool, out: Tensor) -> None: ...
+def unpack(w: Tensor, n: int, k: int, gated: bool, out: Tensor) -> None: ...
+def embed(ids: Tensor, w: Tensor, n: int, k: int, out: Tensor) -> None: ...
+def linear_quantized(
+    x: Tensor,
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    bias: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def linear_quantized_gated(
+    x: Tensor,
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    bias: Tensor | None,
+    kind: str,
+    out: Tensor,
+) -> None: ...
+def linear_quantized_experts(
+    x: Tensor,
+    weights: TensorList,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    kind: str | None,
+    offsets: Tensor,
+    out: Tensor,
+) -> None: ...
+def put_int8(
+    w: Tensor, n: int, k: int, gated: bool, first: int, codes: Tensor, scale: Tensor
+) -> None: ...
+def put_int4(
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    gated: bool,
+    first: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+) -> None: ...
+def unpack_quantized(
+    w: Tensor, n: int, k: int, group: int, asymmetric: bool, gated: bool, out: Tensor
+) -> None: ...
+def embed_quantized(
+    ids: Tensor, w: Tensor, n: int, k: int, group: int, asymmetric: bool, out: Tensor
+) -> None: ...
+def group_rows(
+    ids: Tensor, experts: int, offsets: Tensor, order: Tensor, slots: Tensor
+) -> None: ...
+def gather(x: Tensor, index: Tensor, out: Tensor) -> None: ...
+def combine(y: Tensor, slots: Tensor, shares: Tensor, add: Tensor | None, out: Tensor) -> None: ...
 def rms_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -20,7 +97,7 @@ def add(x: Tensor, factor: float, y: Tensor | None, out: Tensor) -> None:
     """``x * factor + y``"""
 
 def take_rows(x: Tensor, index: Tensor, out: Tensor) -> None: ...
-def gated(x: Tensor, gelu: bool, out: Tensor) -> None: ...
+def gated(x: Tensor, kind: str, out: Tensor) -> None: ...
 def softcap(x: Tensor, cap: float, out: Tensor) -> None: ...
 def row_top(logits: Tensor, argmax: Tensor, max: Tensor, lse: Tensor, ids: Tensor) -> None: ...
 def sum_exp(logits: Tensor, shift: Tensor, temperature: float, out: Tensor) -> None: ...
@@ -45,6 +122,7 @@ def append(
     table: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    rotate_keys: bool = True,
 ) -> None: ...
 def paged_attention(
     q: Tensor,
@@ -59,6 +137,8 @@ def paged_attention(
     window: int,
     sinks: int,
     softcap: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
 ) -> None: ...

@@ -32,6 +32,7 @@ def generate(
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
+    device: o.Device = "cpu",
 ) -> None:
     """Complete one prompt. Text goes to standard output, figures to standard error.
 
@@ -62,6 +63,7 @@ def generate(
             max_sequences=n,
             max_length=max_length,
             kv_bytes=kv_bytes,
+            device=device,
             progress=True,
         )
         given = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.logits import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def row_max_lse(logits: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,7 +14,7 @@ def row_max_lse(logits: Tensor, *, impl: str | None = None) -> tuple[Tensor, Ten
     -inf, -inf. The sum has a fixed order: blocks of 8192 columns, each relative to its own maximum
     and summed in 16 lanes, are rescaled to the row's maximum and added in ascending order.
     """
-    argmax, top, lse, _ = row_top(logits, 0, impl=impl)
+    argmax, top, lse = operation(__name__, "row_max_lse", impl, logits)(logits)
     return argmax, top, lse
 
 
@@ -26,9 +25,8 @@ def row_top(
 
     Ids are ordered by value descending, then id ascending; a NaN counts as -inf there.
     """
-    if choose(impl, logits) == "cpu":
-        return cpu.row_top(logits, k)
-    return ref.row_top(logits, k)
+    argmax, top, lse, ids = operation(__name__, "row_top", impl, logits)(logits, k)
+    return argmax, top, lse, ids
 
 
 def sum_exp(
@@ -41,6 +39,5 @@ def sum_exp(
     as does a NaN. The sum has a fixed order: 16 lanes in each block of 8192 columns, blocks
     ascending.
     """
-    if choose(impl, logits) == "cpu":
-        return cpu.sum_exp(logits, shift, temperature)
-    return ref.sum_exp(logits, shift, temperature)
+    total: Tensor = operation(__name__, "sum_exp", impl, logits)(logits, shift, temperature)
+    return total

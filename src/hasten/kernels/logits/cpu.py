@@ -8,6 +8,11 @@ from torch import Tensor
 from hasten import _native
 
 
+def row_max_lse(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    argmax, top, lse, _ = row_top(logits, 0)
+    return argmax, top, lse
+
+
 def row_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     argmax, ids = torch.empty(rows, dtype=torch.int64), torch.empty((rows, k), dtype=torch.int64)

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def row_max_lse(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    argmax, top, lse, _ = row_top(logits, 0)
+    return argmax, top, lse
+
+
 def row_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if logits.shape[1] < 1:
         raise ValueError("logits has no columns")

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hasten.kernels.linear import Weight
 from hasten.models.facts import CheckpointError, Facts
 from hasten.models.gguf.architectures import Source, architecture_of, source_of
 from hasten.models.gguf.blocks import CHUNK_VALUES, READABLE, expand
 from hasten.models.gguf.file import GGUF, Kind, Part, Stored
-from hasten.weights.base import WeightFormat
+from hasten.weights.base import Matrix, WeightFormat
 from hasten.weights.checkpoint import Checkpoint
 
 RELEASE_BYTES = 512 << 20  # read so much of a file, then let its pages go
@@ -85,6 +86,9 @@ class GGUFWeights:
             expand(kind, rows[start : start + step], self.dtype)
             for start in range(0, shape[0], step)
         )
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        return None
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
         """The tensor of that name as stored, for kernels that compute on blocks.
