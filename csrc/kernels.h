@@ -86,11 +86,22 @@ struct SoftcapArgs {
     float* out;
 };
 
-struct MaxLseArgs {
+struct RowTopArgs {
     const float* x;  // [rows, size]
     int64_t x_stride, rows, size;
     int64_t* argmax;
     float *max, *lse;
+    int64_t k;     // at most size
+    int64_t* ids;  // [rows, k]
+};
+
+// sum over a row of exp((x - shift) / temperature)
+struct SumExpArgs {
+    const float* x;  // [rows, size]
+    int64_t x_stride, rows, size;
+    const float* shift;  // [rows]
+    double temperature;
+    double* sum;  // [rows]
 };
 
 struct RouteArgs {
@@ -206,7 +217,8 @@ struct Kernels {
     void (*add)(const AddArgs&);
     void (*gated)(const GatedArgs&);
     void (*softcap)(const SoftcapArgs&);
-    void (*row_max_lse)(const MaxLseArgs&);
+    void (*row_top)(const RowTopArgs&);
+    void (*sum_exp)(const SumExpArgs&);
     void (*route)(const RouteArgs&);
     void (*group_rows)(const GroupArgs&);
     void (*gather)(const GatherArgs&);

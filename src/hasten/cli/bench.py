@@ -47,6 +47,7 @@ def latency(
     convert: o.Convert = False,
     output: Output = None,
     as_json: AsJson = False,
+    profile: o.Profile = False,
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
@@ -72,6 +73,7 @@ def latency(
             max_length,
             kv_bytes,
             threads,
+            profile,
         )
 
 
@@ -133,6 +135,7 @@ def _measure(
     max_length: int | None,
     kv_bytes: int | None,
     threads: int | None,
+    profile: bool = False,
 ) -> None:
     o.folder_to_write(output)
     o.set_threads(threads)
@@ -163,7 +166,7 @@ def _measure(
                 peer_contestants(front, items, output_len, batch, setup, convert)
             )
             contestants += running
-        with o.line_of_rounds(rounds) as show:
+        with o.profiled(front.engine, profile), o.line_of_rounds(rounds) as show:
             rows = comparison.compare(contestants, items, params, rounds, show)
     achieved, achievable = bandwidth_share(front.engine)
     shape = f"{count} prompts of {input_len} tokens, {output_len} generated, batch {batch}"

@@ -30,6 +30,7 @@ def generate(
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
     figures: Annotated[bool, typer.Option(help="Print the line of figures at the end.")] = True,
+    profile: o.Profile = False,
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
@@ -69,14 +70,15 @@ def generate(
             progress=True,
         )
         given = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
-        if n == 1:
-            for piece in llm.stream(given, params):
-                print(piece.text, end="", flush=True)
-                if piece.error:
-                    raise ValueError(piece.error)
-            print(flush=True)
-        else:
-            for output in llm.generate(given, params)[0].outputs:
-                print(f"--- {output.index} ({output.finish_reason})\n{output.text}")
+        with o.profiled(llm.engine, profile):
+            if n == 1:
+                for piece in llm.stream(given, params):
+                    print(piece.text, end="", flush=True)
+                    if piece.error:
+                        raise ValueError(piece.error)
+                print(flush=True)
+            else:
+                for output in llm.generate(given, params)[0].outputs:
+                    print(f"--- {output.index} ({output.finish_reason})\n{output.text}")
         if figures:
             print(line_of_figures(llm), file=sys.stderr)
