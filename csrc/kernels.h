@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "blocks.h"
+
 namespace hasten {
 
 constexpr int PAGE = 16;   // positions in a page  (hasten.cache.layout.PAGE_SIZE)
@@ -20,6 +22,23 @@ struct LinearArgs {
     // several matrices one after the other in w (and bias), each with inputs and outputs of its
     // own: those of part p begin at x + p * x_part and out + p * out_part
     int64_t parts = 1, x_part = 0, out_part = 0;
+};
+
+// One matrix and the rows that go through it.
+struct LinearPart {
+    const float* x;  // [rows, k]
+    int64_t rows;
+    const void* w;      // packed [n, k]
+    const float* bias;  // [n] or null
+    const float* add;   // [rows, n] or null, added last
+    float* out;         // [rows, n], or [rows, n / 2] with a gate
+};
+
+// Weights that are blocks of a GGUF file: streams as blocks.h describes them.
+struct BlocksArgs {
+    Block kind;
+    int64_t n, k;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
 };
 
 struct NormArgs {
@@ -104,6 +123,7 @@ struct AttentionArgs {
 
 struct Kernels {
     void (*linear)(const LinearArgs&);
+    void (*linear_blocks)(const BlocksArgs&, const LinearPart* parts, int64_t count);
     void (*rms_norm)(const NormArgs&);
     void (*gated)(const GatedArgs&);
     void (*softcap)(const SoftcapArgs&);

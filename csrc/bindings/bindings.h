@@ -25,6 +25,7 @@ void launch(const char* op, int64_t bytes, const Call& call) {
 }
 
 void bind_linear(nb::module_& m);
+void bind_linear_blocks(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_pages(nb::module_& m);
 

@@ -33,6 +33,7 @@ NB_MODULE(_native, m) {
     namespace h = hasten;
 
     h::bind_linear(m);
+    h::bind_linear_blocks(m);
     h::bind_rows(m);
     h::bind_pages(m);
     m.def("vector_math", &h::vector_math, "x"_a, "tanh"_a, "out"_a);

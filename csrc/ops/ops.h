@@ -9,6 +9,10 @@ namespace hasten {
 namespace HASTEN_LEVEL {
 
 void linear(const LinearArgs&);
+void linear_blocks(const BlocksArgs&, const LinearPart* parts, int64_t count);
+#if defined(__AVX512F__)
+void linear_blocks_vnni(const BlocksArgs&, const LinearPart* parts, int64_t count);
+#endif
 void rms_norm(const NormArgs&);
 void gated(const GatedArgs&);
 void softcap(const SoftcapArgs&);

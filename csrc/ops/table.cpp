@@ -28,8 +28,18 @@ void vector_math(const float* x, int64_t size, bool use_tanh, float* out) {
 }
 
 extern const Kernels table;
-const Kernels table = {linear,      rms_norm, gated,  softcap,   row_max_lse,
-                       route,       append,   attention, vector_math, read};
+const Kernels table = {linear, linear_blocks, rms_norm,  gated,       softcap, row_max_lse,
+                       route,  append,        attention, vector_math, read};
+
+#if defined(__AVX512F__)
+static Kernels with_vnni() {
+    Kernels k = table;
+    k.linear_blocks = linear_blocks_vnni;
+    return k;
+}
+extern const Kernels table_vnni;
+const Kernels table_vnni = with_vnni();
+#endif
 
 }  // namespace HASTEN_LEVEL
 }  // namespace hasten
