@@ -49,8 +49,23 @@ struct NormArgs {
     const float* weight;  // [size]
     float eps;
     int64_t outer, inner, size;
-    float* out;  // contiguous
+    float* out;
+    int64_t out_outer, out_inner;
     float* sum;  // x + residual, contiguous; null without a residual
+    const float* add;  // as x, added to the result, or null
+    int64_t add_outer, add_inner;
+};
+
+// out = x * factor, or x * factor + y
+struct AddArgs {
+    const float* x;  // [outer, inner, size]
+    int64_t x_outer, x_inner;
+    float factor;
+    const float* y;  // as x, or null
+    int64_t y_outer, y_inner;
+    int64_t outer, inner, size;
+    float* out;
+    int64_t out_outer, out_inner;
 };
 
 struct GatedArgs {
@@ -125,6 +140,7 @@ struct Kernels {
     void (*linear)(const LinearArgs&);
     void (*linear_blocks)(const BlocksArgs&, const LinearPart* parts, int64_t count);
     void (*rms_norm)(const NormArgs&);
+    void (*add)(const AddArgs&);
     void (*gated)(const GatedArgs&);
     void (*softcap)(const SoftcapArgs&);
     void (*row_max_lse)(const MaxLseArgs&);

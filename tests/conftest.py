@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 
 from hasten.models.base import Decoder
 from hasten.models.facts import Facts
+from hasten.weights.base import WeightFormat
+from hasten.weights.checkpoint import Checkpoint
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -24,7 +26,8 @@ class RandomWeights:
 
     dtype = torch.float32
 
-    def __init__(self, seed: int, scale: float) -> None:
+    def __init__(self, seed: int, scale: float, format: WeightFormat | None = None) -> None:
+        self.format = format or Checkpoint()
         self.seed = seed
         self.scale = scale
 

@@ -2,26 +2,40 @@
 // them without the GIL.
 #pragma once
 
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "../memory.h"
 #include "../parallel.h"
+#include "../tape.h"
 #include "../tensor.h"
 
 namespace hasten {
 
 inline std::string text(int64_t x) { return std::to_string(x); }
 
-[[noreturn]] inline void fail(const std::string& what) { throw nb::value_error(what.c_str()); }
+// A ValueError; thrown inside of a launched call, too, where nobody holds the GIL.
+[[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
 
-// Runs an operation whose arguments are checked. `call` holds them by value; `bytes` of weights,
-// keys and values is what it reads from memory.
+// Runs an operation whose arguments have the right types and shapes. `call` holds them by value and
+// checks what arrays of row numbers say, since a recorded call runs again when they say something
+// else. `bytes` of weights, keys and values is what it reads from memory; a call that only then
+// knows returns them.
 template <class Call>
-void launch(const char* op, int64_t bytes, const Call& call) {
-    (void)op, (void)bytes;
+void launch(const char* name, int64_t bytes, const Call& call) {
     nb::gil_scoped_release release;
-    call();
+    Operation operation{name, bytes, [call]() -> int64_t {
+        if constexpr (std::is_void_v<decltype(call())>) {
+            call();
+            return 0;
+        } else {
+            return call();
+        }
+    }};
+    operation.run();
+    if (Tape* tape = recording()) tape->operations.push_back(std::move(operation));
 }
 
 void bind_linear(nb::module_& m);

@@ -74,14 +74,14 @@ void embed_(nb::handle ids_, nb::handle w_, int64_t n, nb::handle out_) {
     Tensor ids("ids", ids_), out("out", out_);
     ids.is(Type::i64).has_dims(1).contiguous();
     out.is(Type::f32).has_shape({ids.shape(0), w.k}).contiguous();
-    for (int64_t i = 0; i < ids.shape(0); i++) {
-        const int64_t id = ids.as<int64_t>()[i];
-        if (id < 0 || id >= n)
-            throw nb::index_error(("ids[" + text(i) + "] is " + text(id) + ", but the table has " +
-                                   text(n) + " rows").c_str());
-    }
-    nb::gil_scoped_release release;
-    embed(ids.as<int64_t>(), ids.shape(0), w.data, w.bf16, w.k, out.floats());
+    const int64_t* id = ids.as<int64_t>();
+    launch("embed", 0, [=, rows = ids.shape(0), to = out.floats()] {
+        for (int64_t i = 0; i < rows; i++)
+            if (id[i] < 0 || id[i] >= n)
+                throw std::out_of_range("ids[" + text(i) + "] is " + text(id[i]) +
+                                        ", but the table has " + text(n) + " rows");
+        embed(id, rows, w.data, w.bf16, w.k, to);
+    });
 }
 
 }  // namespace

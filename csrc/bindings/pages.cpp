@@ -1,5 +1,6 @@
 // Operations on paged keys and values.
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -56,6 +57,16 @@ void check_slot(const char* name, int64_t i, int64_t slot, int64_t table_row, co
     }
 }
 
+void check_append(const AppendArgs& a, int64_t angles) {
+    const Pages& g = a.pages;
+    check_table_rows(a.table_row, a.rows, g.tables);
+    for (int64_t i = 0; i < a.rows; i++) {
+        if (a.positions[i] < 0 || a.positions[i] >= angles)
+            fail(where("positions", i, a.positions[i]) + ", but cos has " + text(angles) + " rows");
+        check_slot("slots", i, a.slots[i], a.table_row[i], g.table, g.groups, g.blocks, g.pages);
+    }
+}
+
 void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::handle sin_,
             nb::handle positions_, nb::handle slots_, nb::handle table_row_, nb::handle table_,
             nb::handle k_pages_, nb::handle v_pages_) {
@@ -77,14 +88,53 @@ void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::ha
     a.positions = row_ints("positions", positions_, rows);
     a.slots = row_ints("slots", slots_, rows);
     a.table_row = row_ints("table_row", table_row_, rows);
-    check_table_rows(a.table_row, rows, g.tables);
-    for (int64_t i = 0; i < rows; i++) {
-        if (a.positions[i] < 0 || a.positions[i] >= cos.shape(0))
-            fail(where("positions", i, a.positions[i]) + ", but cos has " + text(cos.shape(0)) +
-                 " rows");
-        check_slot("slots", i, a.slots[i], a.table_row[i], g.table, g.groups, g.blocks, g.pages);
+    const int64_t angles = cos.shape(0);
+    launch("append", 0, [a, angles] {
+        check_append(a, angles);
+        kernels().append(a);
+    });
+}
+
+// Checks what the rows say, cuts them into tiles and attends.
+void attend(AttentionArgs a) {
+    const Pages& g = a.pages;
+    const int64_t kv_heads = g.groups * g.heads;
+    check_table_rows(a.table_row, a.rows, g.tables);
+    const int64_t slots = g.blocks * PAGE, tile_queries = 16;
+    const int64_t tile_rows =
+        std::max<int64_t>(1, tile_queries * kv_heads / std::max<int64_t>(1, a.q_heads));
+    std::vector<int64_t> starts;
+    for (int64_t i = 0; i < a.rows; i++) {
+        if (a.base[i] < 0 || a.base[i] > slots)
+            fail(where("base", i, a.base[i]) + ", but a table has " + text(slots) + " slots");
+        int64_t count = 0, last = -1;
+        for (int64_t w = 0; w < a.words; w++)
+            if (const uint64_t bits = a.mask[i * a.words + w]) {
+                count += __builtin_popcountll(bits);
+                last = w * 64 + 63 - __builtin_clzll(bits);
+            }
+        if (a.base[i] + last >= slots)
+            fail("mask of row " + text(i) + " reaches slot " + text(a.base[i] + last) +
+                 ", but a table has " + text(slots) + " slots");
+        if (count && a.positions[i] - count + 1 < a.base[i])
+            fail("row " + text(i) + " at position " + text(a.positions[i]) + " has a path of " +
+                 text(count) + " nodes, which would begin before its base " + text(a.base[i]));
+        if (starts.empty() || a.table_row[i] != a.table_row[i - 1] ||
+            i - starts.back() == tile_rows)
+            starts.push_back(i);
+        a.work += (a.base[i] + count) * a.q_heads * (g.dim + g.v_dim);
     }
-    launch("append", 0, [a] { kernels().append(a); });
+    starts.push_back(a.rows);
+    a.tile_start = starts.data();
+    a.tiles = int64_t(starts.size()) - 1;
+    int64_t missing = 0;
+    a.missing = &missing;
+    kernels().attention(a);
+    if (missing) {
+        const int64_t row = (missing - 1) / g.blocks, block = (missing - 1) % g.blocks;
+        fail("row " + text(row) + " (or one after it in its sequence) reads block " + text(block) +
+             " of table " + text(a.table_row[row]) + ", which holds no valid page");
+    }
 }
 
 void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::handle table_,
@@ -114,52 +164,13 @@ void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::hand
     if (!lse_.is_none())
         a.lse = Tensor("lse", lse_).is(Type::f32).has_shape({rows, q_heads}).contiguous().floats();
 
-    check_table_rows(a.table_row, rows, g.tables);
-    const int64_t slots = g.blocks * PAGE, tile_queries = 16;
-    const int64_t tile_rows = std::max<int64_t>(1, tile_queries * kv_heads / std::max<int64_t>(1, q_heads));
-    std::vector<int64_t> starts;
-    for (int64_t i = 0; i < rows; i++) {
-        if (a.base[i] < 0 || a.base[i] > slots)
-            fail(where("base", i, a.base[i]) + ", but a table has " + text(slots) + " slots");
-        int64_t count = 0, last = -1;
-        for (int64_t w = 0; w < a.words; w++)
-            if (const uint64_t bits = a.mask[i * a.words + w]) {
-                count += __builtin_popcountll(bits);
-                last = w * 64 + 63 - __builtin_clzll(bits);
-            }
-        if (a.base[i] + last >= slots)
-            fail("mask of row " + text(i) + " reaches slot " + text(a.base[i] + last) +
-                 ", but a table has " + text(slots) + " slots");
-        if (count && a.positions[i] - count + 1 < a.base[i])
-            fail("row " + text(i) + " at position " + text(a.positions[i]) + " has a path of " +
-                 text(count) + " nodes, which would begin before its base " + text(a.base[i]));
-        if (starts.empty() || a.table_row[i] != a.table_row[i - 1] ||
-            i - starts.back() == tile_rows)
-            starts.push_back(i);
-        a.work += (a.base[i] + count) * q_heads * (g.dim + g.v_dim);
-    }
-    starts.push_back(rows);
-    a.tile_start = starts.data();
-    a.tiles = int64_t(starts.size()) - 1;
-    int64_t missing = 0;
-    a.missing = &missing;
-    {
-        nb::gil_scoped_release release;
-        kernels().attention(a);
-    }
-    if (missing) {
-        const int64_t row = (missing - 1) / g.blocks, block = (missing - 1) % g.blocks;
-        fail("row " + text(row) + " (or one after it in its sequence) reads block " + text(block) +
-             " of table " + text(a.table_row[row]) + ", which holds no valid page");
-    }
+    launch("attention", 0, [a] { attend(a); });
 }
 
-void check_pages(const Tensor& ids, const char* name, int64_t pages) {
-    for (int64_t i = 0; i < ids.shape(0); i++) {
-        const int64_t page = ids.as<int64_t>()[i];
-        if (page < 0 || page >= pages)
-            fail(where(name, i, page) + ", but there are " + text(pages) + " pages");
-    }
+void check_pages(const char* name, const int64_t* ids, int64_t count, int64_t pages) {
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= pages)
+            fail(where(name, i, ids[i]) + ", but there are " + text(pages) + " pages");
 }
 
 void check_storage(Tensor& k, Tensor& v) {
@@ -175,15 +186,17 @@ void copy_pages_(nb::handle k_, nb::handle v_, nb::handle src_, nb::handle dst_)
     check_storage(k, v);
     src.is(Type::i64).has_dims(1).contiguous();
     dst.is(Type::i64).has_shape({src.shape(0)}).contiguous();
-    check_pages(src, "src", k.shape(1));
-    check_pages(dst, "dst", k.shape(1));
     const int64_t item = k.type() == Type::bf16 ? 2 : 4, layers = k.shape(0), pages = k.shape(1);
+    const int64_t k_page = k.shape(2) * k.shape(3) * PAGE * item;
+    const int64_t v_page = v.shape(2) * PAGE * v.shape(4) * item, count = src.shape(0);
     const int64_t *from = src.as<int64_t>(), *to = dst.as<int64_t>();
-    nb::gil_scoped_release release;
-    copy_pages(k.as<char>(), layers, pages, k.shape(2) * k.shape(3) * PAGE * item, from, to,
-               src.shape(0));
-    copy_pages(v.as<char>(), layers, pages, v.shape(2) * PAGE * v.shape(4) * item, from, to,
-               src.shape(0));
+    char *keys = k.as<char>(), *values = v.as<char>();
+    launch("copy_pages", layers * count * (k_page + v_page), [=] {
+        check_pages("src", from, count, pages);
+        check_pages("dst", to, count, pages);
+        copy_pages(keys, layers, pages, k_page, from, to, count);
+        copy_pages(values, layers, pages, v_page, from, to, count);
+    });
 }
 
 void move_slots_(nb::handle k_, nb::handle v_, nb::handle table_, nb::handle table_row_,
@@ -197,13 +210,14 @@ void move_slots_(nb::handle k_, nb::handle v_, nb::handle table_, nb::handle tab
                table.shape(2), rows.as<int32_t>(), nullptr, nullptr, rows.shape(0)};
     a.src = row_ints("src_slot", src_, a.count);
     a.dst = row_ints("dst_slot", dst_, a.count);
-    check_table_rows(a.table_row, a.count, table.shape(0));
-    for (int64_t i = 0; i < a.count; i++) {
-        check_slot("src_slot", i, a.src[i], a.table_row[i], a.table, a.groups, a.blocks, a.pages);
-        check_slot("dst_slot", i, a.dst[i], a.table_row[i], a.table, a.groups, a.blocks, a.pages);
-    }
-    nb::gil_scoped_release release;
-    move_slots(a);
+    launch("move_slots", 0, [a, tables = table.shape(0)] {
+        check_table_rows(a.table_row, a.count, tables);
+        for (int64_t i = 0; i < a.count; i++) {
+            for (const auto& [name, slots] : {std::pair{"src_slot", a.src}, {"dst_slot", a.dst}})
+                check_slot(name, i, slots[i], a.table_row[i], a.table, a.groups, a.blocks, a.pages);
+        }
+        move_slots(a);
+    });
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // Operations on rows of activations.
+#include <cstring>
+
 #include "bindings.h"
 
 namespace hasten {
@@ -25,25 +27,67 @@ void same_shape(Tensor& a, const Tensor& b) {
     if (!same) a.fail("has shape " + a.shape_text() + ", not " + b.shape_text());
 }
 
-void rms_norm(nb::handle x_, nb::handle residual_, nb::handle weight_, float eps, nb::handle out_,
-              nb::handle sum_) {
+void rms_norm(nb::handle x_, nb::handle residual_, nb::handle weight_, float eps, nb::handle add_,
+              nb::handle out_, nb::handle sum_) {
     Tensor x("x", x_), weight("weight", weight_), out("out", out_);
-    const Rows r = rows_of(x);
+    const Rows r = rows_of(x), o = rows_of(out);
     weight.is(Type::f32).has_shape({r.size}).contiguous();
-    same_shape(out.is(Type::f32).contiguous(), x);
-    NormArgs a{x.floats(), r.outer_stride, r.inner_stride, nullptr, 0, 0, weight.floats(), eps,
-               r.outer, r.inner, r.size, out.floats(), nullptr};
+    same_shape(out, x);
+    NormArgs a{};
+    a.x = x.floats(), a.x_outer = r.outer_stride, a.x_inner = r.inner_stride;
+    a.weight = weight.floats(), a.eps = eps;
+    a.outer = r.outer, a.inner = r.inner, a.size = r.size;
+    a.out = out.floats(), a.out_outer = o.outer_stride, a.out_inner = o.inner_stride;
     if (!residual_.is_none()) {
         Tensor residual("residual", residual_), sum("sum", sum_);
         const Rows s = rows_of(residual);
         same_shape(residual, x);
         same_shape(sum.is(Type::f32).contiguous(), x);
         a.residual = residual.floats();
-        a.residual_outer = s.outer_stride;
-        a.residual_inner = s.inner_stride;
+        a.residual_outer = s.outer_stride, a.residual_inner = s.inner_stride;
         a.sum = sum.floats();
     }
+    if (!add_.is_none()) {
+        Tensor add("add", add_);
+        const Rows s = rows_of(add);
+        same_shape(add, x);
+        a.add = add.floats(), a.add_outer = s.outer_stride, a.add_inner = s.inner_stride;
+    }
     launch("rms_norm", 0, [a] { kernels().rms_norm(a); });
+}
+
+void add(nb::handle x_, float factor, nb::handle y_, nb::handle out_) {
+    Tensor x("x", x_), out("out", out_);
+    const Rows r = rows_of(x), o = rows_of(out);
+    same_shape(out, x);
+    AddArgs a{};
+    a.x = x.floats(), a.x_outer = r.outer_stride, a.x_inner = r.inner_stride, a.factor = factor;
+    a.outer = r.outer, a.inner = r.inner, a.size = r.size;
+    a.out = out.floats(), a.out_outer = o.outer_stride, a.out_inner = o.inner_stride;
+    if (!y_.is_none()) {
+        Tensor y("y", y_);
+        const Rows s = rows_of(y);
+        same_shape(y, x);
+        a.y = y.floats(), a.y_outer = s.outer_stride, a.y_inner = s.inner_stride;
+    }
+    launch("add", 0, [a] { kernels().add(a); });
+}
+
+void take_rows(nb::handle x_, nb::handle index_, nb::handle out_) {
+    Tensor x("x", x_), index("index", index_), out("out", out_);
+    x.is(Type::f32).has_dims(2).contiguous(1);
+    index.is(Type::i64).has_dims(1).contiguous();
+    const int64_t rows = x.shape(0), size = x.shape(1), count = index.shape(0);
+    const int64_t stride = x.stride(0);
+    out.is(Type::f32).has_shape({count, size}).contiguous();
+    launch("take_rows", 0, [=, x = x.floats(), row = index.as<int64_t>(), out = out.floats()] {
+        for (int64_t i = 0; i < count; i++) {
+            if (row[i] < 0 || row[i] >= rows)
+                throw std::out_of_range("index[" + text(i) + "] is " + text(row[i]) +
+                                        ", but there are " + text(rows) + " rows");
+            std::memcpy(out + i * size, x + row[i] * stride, size_t(size) * sizeof(float));
+        }
+    });
 }
 
 void gated(nb::handle x_, bool gelu, nb::handle out_) {
@@ -100,8 +144,10 @@ void route(nb::handle x_, int64_t top, bool normalize, nb::handle ids_, nb::hand
 
 void bind_rows(nb::module_& m) {
     using namespace nanobind::literals;
-    m.def("rms_norm", &rms_norm, "x"_a, "residual"_a.none(), "weight"_a, "eps"_a, "out"_a,
-          "sum"_a.none());
+    m.def("rms_norm", &rms_norm, "x"_a, "residual"_a.none(), "weight"_a, "eps"_a,
+          "add"_a.none(), "out"_a, "sum"_a.none());
+    m.def("add", &add, "x"_a, "factor"_a, "y"_a.none(), "out"_a);
+    m.def("take_rows", &take_rows, "x"_a, "index"_a, "out"_a);
     m.def("gated", &gated, "x"_a, "gelu"_a, "out"_a);
     m.def("softcap", &softcap, "x"_a, "cap"_a, "out"_a);
     m.def("row_max_lse", &row_max_lse, "logits"_a, "argmax"_a, "max"_a, "lse"_a);

@@ -14,6 +14,7 @@ void linear_blocks(const BlocksArgs&, const LinearPart* parts, int64_t count);
 void linear_blocks_vnni(const BlocksArgs&, const LinearPart* parts, int64_t count);
 #endif
 void rms_norm(const NormArgs&);
+void add(const AddArgs&);
 void gated(const GatedArgs&);
 void softcap(const SoftcapArgs&);
 void row_max_lse(const MaxLseArgs&);

@@ -28,8 +28,8 @@ void vector_math(const float* x, int64_t size, bool use_tanh, float* out) {
 }
 
 extern const Kernels table;
-const Kernels table = {linear, linear_blocks, rms_norm,  gated,       softcap, row_max_lse,
-                       route,  append,        attention, vector_math, read};
+const Kernels table = {linear,  linear_blocks, rms_norm, add,       gated,       softcap,
+                       row_max_lse, route, append, attention, vector_math, read};
 
 #if defined(__AVX512F__)
 static Kernels with_vnni() {

@@ -12,9 +12,14 @@ def rms_norm(
     residual: Tensor | None,
     weight: Tensor,
     eps: float,
+    add: Tensor | None,
     out: Tensor,
     sum: Tensor | None,
 ) -> None: ...
+def add(x: Tensor, factor: float, y: Tensor | None, out: Tensor) -> None:
+    """``x * factor + y``"""
+
+def take_rows(x: Tensor, index: Tensor, out: Tensor) -> None: ...
 def gated(x: Tensor, gelu: bool, out: Tensor) -> None: ...
 def softcap(x: Tensor, cap: float, out: Tensor) -> None: ...
 def row_max_lse(logits: Tensor, argmax: Tensor, max: Tensor, lse: Tensor) -> None: ...
@@ -62,6 +67,21 @@ def move_slots(
 ) -> None: ...
 def vector_math(x: Tensor, tanh: bool, out: Tensor) -> None:
     """exp or tanh of the kernels, for tests."""
+
+class Tape:
+    """Operations of a forward pass, to be run again. It refers to arrays without owning them."""
+
+    def __len__(self) -> int: ...
+    def record(self) -> None:
+        """Keep what this thread runs from now on; ValueError if it records already."""
+
+    def stop(self) -> None: ...
+    def replay(self) -> None:
+        """Run all operations on what their arrays hold now."""
+
+def set_profiling(on: bool) -> None: ...
+def take_profile() -> dict[str, tuple[int, float, int]]:
+    """By operation: calls, seconds and bytes read, since the last call."""
 
 def set_num_threads(threads: int) -> None: ...
 def get_num_threads() -> int: ...

@@ -81,7 +81,11 @@ class Frontend:
             loaded[0]
             if loaded
             else load_model(
-                self.folder, dtype=weights.torch_dtype, progress=progress, max_length=max_length
+                self.folder,
+                dtype=weights.torch_dtype,
+                progress=progress,
+                max_length=max_length,
+                format=weights,
             )
         )
         self.engine: Engine = Engine(

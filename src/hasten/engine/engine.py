@@ -27,7 +27,6 @@ from hasten.engine.batch import Batch, Segment
 from hasten.engine.clock import Clock, WallClock
 from hasten.engine.executor import Executor, InlineExecutor, Moves, Output, Runner
 from hasten.engine.request import Delta, Figures, FinishReason, Logprobs, Request, Sequence
-from hasten.kernels.logits import row_max_lse
 from hasten.models.base import Decoder
 from hasten.scheduling.base import Plan
 from hasten.speculation.base import Load
@@ -81,6 +80,8 @@ class EngineStats:
     """Counters since start."""
 
     steps: int = 0
+    recorded_steps: int = 0
+    """Steps whose forward pass was one native call."""
     rows: int = 0
     tokens: int = 0
     passes: int = 0
@@ -289,6 +290,7 @@ class Engine:
             return self._fail(plan, error)
         self.stats.steps += 1
         self.stats.rows += batch.num_rows
+        self.stats.recorded_steps += output.recorded
         self.stats.forward_seconds += output.seconds
         if plan.rows == len(plan.grants):
             self.stats.decode_steps += 1
@@ -380,9 +382,9 @@ class Engine:
     def _verify_and_commit(
         self, plan: Plan, trees: dict[int, TokenTree], batch: Batch, output: Output
     ) -> list[Delta]:
-        best, _, lse = row_max_lse(output.logits)
-        finite = bool(np.isfinite(lse.numpy()).all())
-        rows = _Rows(output.logits.numpy(), best.tolist(), lse.numpy(), finite)
+        lse = output.lse.numpy()
+        finite = bool(np.isfinite(lse).all())
+        rows = _Rows(output.logits.numpy(), output.best.tolist(), lse, finite)
         ends_at = batch.segment_wanted.tolist()
         embeddings = iter(output.embeddings.tolist())
         moves = Moves([], [], [])

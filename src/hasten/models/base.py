@@ -21,10 +21,12 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
-from hasten.kernels.linear import PackedWeight
+from hasten.kernels.linear import Weight
 from hasten.kernels.rms_norm import rms_norm
+from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
 from hasten.models.layers import Linear, Rope, RopeFacts, rope_facts, vector
+from hasten.weights.base import WeightFormat
 
 # Larger sizes than any model has; a bound on what a hostile config.json can make us allocate.
 MAX_LAYERS = 4096
@@ -135,9 +137,15 @@ def layer_windows(facts: Facts, windowed: Callable[[int], bool]) -> tuple[int | 
 
 
 class Weights(Protocol):
-    """Where a model's tensors come from: a checkpoint, or generated ones."""
+    """Where a model's tensors come from: a checkpoint, or generated ones.
+
+    Attributes:
+        dtype: in which matrices are read.
+        format: in which they are held; architectures leave it to `Linear.load`.
+    """
 
     dtype: torch.dtype
+    format: WeightFormat
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that name as stored; its shape is checked before it is read."""
@@ -181,9 +189,9 @@ class Hidden:
     captured: dict[int, Tensor] = field(default_factory=dict)
 
 
-def _collect(part: Any, found: dict[int, PackedWeight]) -> None:
+def _collect(part: Any, found: dict[int, Weight]) -> None:
     """All packed weights that an object holds, directly or in its parts."""
-    if isinstance(part, PackedWeight):
+    if isinstance(part, Weight):
         found[id(part)] = part
     elif isinstance(part, list | tuple):
         for inner in part:
@@ -208,7 +216,7 @@ class Decoder(ABC):
 
         For a mixture of experts this counts every expert, as a full batch reads them.
         """
-        found: dict[int, PackedWeight] = {}
+        found: dict[int, Weight] = {}
         _collect(self, found)
         unread = 0 if self.config.tied else self.config.vocab_size * self.config.hidden_size
         return sum(w.nbytes for w in found.values()) - unread * self.config.dtype.itemsize
@@ -216,7 +224,7 @@ class Decoder(ABC):
     @cached_property
     def parameters(self) -> int:
         """Numbers in the matrices; norms and biases add less than a thousandth."""
-        found: dict[int, PackedWeight] = {}
+        found: dict[int, Weight] = {}
         _collect(self, found)
         return sum(w.size for w in found.values())
 
@@ -267,13 +275,13 @@ class Decoder(ABC):
         """Logits float32 [n, V] of the wanted rows, in their order."""
         if len(wanted) == len(hidden.rows):
             return self.head(hidden.rows)  # wanted is ascending and unique: all rows
-        return self.head(hidden.rows[torch.from_numpy(wanted)])
+        return self.head(take_rows(hidden.rows, torch.from_numpy(wanted)))
 
     def embeddings(self, hidden: Hidden, rows: NDArray[Any]) -> Tensor:
         """Normed last hidden states float32 [n, H] of some rows: embeddings, not normalised."""
         if not len(rows):
             return hidden.rows[:0]
-        return self.final_norm(hidden.rows[torch.from_numpy(rows)])
+        return self.final_norm(take_rows(hidden.rows, torch.from_numpy(rows)))
 
 
 class StackedDecoder(Decoder):
@@ -287,7 +295,9 @@ class StackedDecoder(Decoder):
         self.config = config
         rope = Rope(config.rope)
         tokens = {"model.embed_tokens": config.vocab_size}
-        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
+        self.embedding = Linear.load(
+            weights, tokens, config.hidden_size, role="head" if config.tied else "embedding"
+        ).weight
         self.layers = [
             self.layer_class(config, weights, index, rope) for index in range(config.num_layers)
         ]
@@ -295,7 +305,9 @@ class StackedDecoder(Decoder):
         self.output = (
             Linear(self.embedding)
             if config.tied
-            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
+            else Linear.load(
+                weights, {"lm_head": config.vocab_size}, config.hidden_size, role="head"
+            )
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hasten.models.facts import CheckpointError, read_json
+from hasten.weights.base import WeightFormat
+from hasten.weights.checkpoint import Checkpoint
 
 REOPEN_BYTES = 512 << 20  # read so much through one memory map, then let its pages go
 
@@ -27,13 +29,16 @@ class SafetensorsWeights:
     replaced after ``REOPEN_BYTES``: pages of tensors that the caller has dropped are released.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype | None, format: WeightFormat | None = None
+    ) -> None:
         self.folder = folder
         self._files = _tensor_files(folder)
         self._open: dict[str, Any] = {}
         self._mapped: dict[str, int] = {}
         self.unread = set(self._files)
         self.dtype = dtype or self._stored_dtype()
+        self.format = format or Checkpoint()
 
     def _stored_dtype(self) -> torch.dtype:
         """The type of the first matrix; float16 widens to float32, which holds it exactly."""

@@ -35,6 +35,7 @@ class TextWeights:
 
     def __init__(self, weights: Weights) -> None:
         self.dtype = weights.dtype
+        self.format = weights.format
         self._weights = weights
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hasten.kernels.activation import gated
-from hasten.kernels.linear import PackedWeight, linear, pack_rows
+from hasten.kernels.linear import Weight, linear
 from hasten.kernels.moe import route
 from hasten.kernels.rms_norm import rms_norm
 from hasten.models.facts import CheckpointError, Facts
+from hasten.weights.base import Matrix, Role
 
 if TYPE_CHECKING:
     from hasten.models.base import KV, ModelConfig, Weights
@@ -39,18 +39,21 @@ class Linear:
     call of three; each output feature is still its own sum, so the bits do not change.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
 
     @classmethod
     def load(
-        cls, weights: Weights, outputs: dict[str, int], inputs: int, bias: bool = False
+        cls,
+        weights: Weights,
+        outputs: dict[str, int],
+        inputs: int,
+        bias: bool = False,
+        role: Role = "layer",
     ) -> Linear:
         """Stack the checkpoint's ``<name>.weight`` [rows, inputs], in the order of ``outputs``."""
-        # all shapes are checked before memory of the sizes that the config states is asked for
-        parts = [weights.rows(f"{name}.weight", (rows, inputs)) for name, rows in outputs.items()]
-        packed = pack_rows(chain(*parts), sum(outputs.values()), inputs, weights.dtype)
+        packed = weights.format.matrix(weights, Matrix(outputs, inputs, role))
         if not bias:
             return cls(packed)
         biases = [vector(weights, f"{name}.bias", rows) for name, rows in outputs.items()]

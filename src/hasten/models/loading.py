@@ -28,6 +28,7 @@ from hasten.models.gguf.architectures import facts_of, recommended
 from hasten.models.gguf.file import GGUF, is_gguf
 from hasten.models.gguf.places import file_of, parts_of
 from hasten.models.gguf.weights import GGUFWeights
+from hasten.weights.base import WeightFormat
 
 __all__ = ["CheckpointError", "architectures", "load_config", "load_model", "locate"]
 
@@ -118,6 +119,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     max_length: int | None = None,
+    format: WeightFormat | None = None,
 ) -> Decoder:
     """Read a checkpoint in the Hugging Face layout or a GGUF file.
 
@@ -125,7 +127,8 @@ def load_model(
     (float16 widens to float32, blocks to bfloat16). With ``progress`` a bar is drawn if standard
     error is a terminal.
     ``max_length`` is the longest sequence that will run, None = what the model was made for: a
-    model with LongRoPE is another one within its original context.
+    model with LongRoPE is another one within its original context. ``format`` is the form in which
+    matrices are held, by default as they are read.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"weights are held as float32 or bfloat16, not {dtype}")
@@ -136,9 +139,9 @@ def load_model(
     module = _architecture(facts)
     weights: GGUFWeights | SafetensorsWeights
     if isinstance(source, GGUF):
-        weights = GGUFWeights(source, facts, dtype)
+        weights = GGUFWeights(source, facts, dtype, format)
     else:
-        weights = SafetensorsWeights(folder, dtype or _stated_dtype(facts))
+        weights = SafetensorsWeights(folder, dtype or _stated_dtype(facts), format)
     config = module.configure(facts, weights.dtype)
     with _progress(weights, progress) as watched:
         model: Decoder = module.Model(config, watched)
@@ -240,6 +243,7 @@ class _Counted:
 
     def __init__(self, weights: GGUFWeights | SafetensorsWeights, advance: Any) -> None:
         self.dtype = weights.dtype
+        self.format = weights.format
         self._weights = weights
         self._advance = advance
 

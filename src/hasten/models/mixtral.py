@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
+from hasten.kernels.rows import add
 from hasten.models.base import KV, ModelConfig, StackedDecoder, Weights, common_facts, layer_windows
 from hasten.models.facts import Facts
 from hasten.models.layers import Attention, Experts, GatedMLP, Linear, Rope, vector
@@ -60,13 +61,15 @@ class Layer:
             )
             for expert in range(config.num_experts)
         ]
-        router = Linear.load(weights, {f"{moe}.gate": config.num_experts}, config.hidden_size)
+        router = Linear.load(
+            weights, {f"{moe}.gate": config.num_experts}, config.hidden_size, role="router"
+        )
         self.moe = Experts(router, experts, config.experts_per_token, normalize=True)
 
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.moe_norm, self.eps)
-        return hidden + self.moe(normed)
+        return add(hidden, self.moe(normed))
 
 
 class Model(StackedDecoder):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
+from hasten.kernels.rows import add
 from hasten.models.base import KV, ModelConfig, StackedDecoder, Weights, common_facts, layer_windows
 from hasten.models.facts import Facts
 from hasten.models.layers import Attention, Experts, GatedMLP, Linear, Rope, vector
@@ -67,7 +68,9 @@ def feed_forward(config: Config, weights: Weights, at: str, sparse: bool) -> Exp
 
     if not sparse:
         return mlp(at, config.ffn_size)
-    router = Linear.load(weights, {f"{at}.gate": config.num_experts}, config.hidden_size)
+    router = Linear.load(
+        weights, {f"{at}.gate": config.num_experts}, config.hidden_size, role="router"
+    )
     experts = [mlp(f"{at}.experts.{i}", config.expert_size) for i in range(config.num_experts)]
     return Experts(router, experts, config.experts_per_token, config.normalize_shares)
 
@@ -99,7 +102,7 @@ class Layer:
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
-        return hidden + self.mlp(normed)
+        return add(hidden, self.mlp(normed))
 
 
 class Model(StackedDecoder):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from hasten.kernels.linear import Weight, pack_rows
 from hasten.methods import method
+from hasten.weights.base import Matrix
+
+if TYPE_CHECKING:
+    from hasten.models.base import Weights
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,3 +36,6 @@ class Checkpoint:
     def torch_dtype(self) -> torch.dtype | None:
         """The type to load as; None keeps the checkpoint's."""
         return _DTYPES[self.dtype]
+
+    def matrix(self, source: Weights, wanted: Matrix) -> Weight:
+        return pack_rows(wanted.read(source), wanted.rows, wanted.inputs, source.dtype)

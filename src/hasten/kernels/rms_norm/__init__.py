@@ -9,17 +9,23 @@ from hasten.kernels.rms_norm import cpu, ref
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, impl: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    add: Tensor | None = None,
+    *,
+    impl: str | None = None,
 ) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, then ``+ add``.
 
     ``x`` is float32 [..., H] of one to three dimensions, of which only the last must be
-    contiguous (a slice of heads works), ``weight`` float32 [H]. ``out`` is contiguous and may be
-    ``x``. Raises TypeError or ValueError for other types or shapes.
+    contiguous (a slice of heads works), ``weight`` float32 [H]. ``add`` and ``out`` are like
+    ``x``; ``out`` may be ``x``. Raises TypeError or ValueError for other types or shapes.
     """
     if choose(impl, x) == "cpu":
-        return cpu.rms_norm(x, weight, eps, out)
-    return ref.rms_norm(x, weight, eps, out)
+        return cpu.rms_norm(x, weight, eps, out, add)
+    return ref.rms_norm(x, weight, eps, out, add)
 
 
 def add_rms_norm(

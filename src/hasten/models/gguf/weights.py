@@ -14,6 +14,8 @@ from hasten.models.facts import CheckpointError, Facts
 from hasten.models.gguf.architectures import Source, architecture_of, source_of
 from hasten.models.gguf.blocks import CHUNK_VALUES, READABLE, expand
 from hasten.models.gguf.file import GGUF, Kind, Part, Stored
+from hasten.weights.base import WeightFormat
+from hasten.weights.checkpoint import Checkpoint
 
 RELEASE_BYTES = 512 << 20  # read so much of a file, then let its pages go
 
@@ -37,7 +39,13 @@ class GGUFWeights:
     or float16, else bfloat16.
     """
 
-    def __init__(self, gguf: GGUF, facts: Facts, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        gguf: GGUF,
+        facts: Facts,
+        dtype: torch.dtype | None,
+        format: WeightFormat | None = None,
+    ) -> None:
         self.gguf = gguf
         self.unread = set(gguf.tensors) - UNNEEDED
         self._architecture = architecture_of(gguf)
@@ -48,6 +56,7 @@ class GGUFWeights:
         matrices = {t.kind.name for t in gguf.tensors.values() if len(t.shape) > 1}
         exact = matrices <= {"F32", "F16"}
         self.dtype = dtype or (torch.float32 if exact else torch.bfloat16)
+        self.format = format or Checkpoint()
 
     def total_bytes(self) -> int:
         """Bytes of all tensors, for the progress bar."""
