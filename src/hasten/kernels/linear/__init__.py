@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.dispatch import choose
-from hasten.kernels.linear import cpu, quantized_cpu, quantized_ref, ref
+from hasten.kernels.linear import (
+    blocks_cpu,
+    blocks_ref,
+    cpu,
+    quantized_cpu,
+    quantized_ref,
+    ref,
+)
+from hasten.kernels.linear.blocks import (
+    BLOCK_KINDS,
+    BlockWeight,
+    check_block_rows,
+    empty_blocks,
+)
 from hasten.kernels.linear.packed import PANEL, PackedWeight, packed_dtype
 from hasten.kernels.linear.quantized import (
     GROUPS,
@@ -22,8 +35,10 @@ from hasten.kernels.linear.quantized import (
 )
 
 __all__ = [
+    "BLOCK_KINDS",
     "GROUPS",
     "PANEL",
+    "BlockWeight",
     "Int4Weight",
     "Int8Weight",
     "PackedWeight",
@@ -32,6 +47,7 @@ __all__ = [
     "linear",
     "linear_grouped",
     "pack",
+    "pack_blocks",
     "pack_grouped",
     "pack_int4",
     "pack_int4_rows",
@@ -41,7 +57,7 @@ __all__ = [
     "unpack",
 ]
 
-Weight = PackedWeight | Int8Weight | Int4Weight
+Weight = PackedWeight | Int8Weight | Int4Weight | BlockWeight
 """What a linear layer multiplies by."""
 
 # For each kind of weight the modules that have `linear`, `unpack` and `embed` for it.
@@ -49,6 +65,7 @@ _FAMILIES: dict[type, dict[str, Any]] = {
     PackedWeight: {"ref": ref, "cpu": cpu},
     Int8Weight: {"ref": quantized_ref, "cpu": quantized_cpu},
     Int4Weight: {"ref": quantized_ref, "cpu": quantized_cpu},
+    BlockWeight: {"ref": blocks_ref, "cpu": blocks_cpu},
 }
 
 
@@ -181,6 +198,28 @@ def _put_all(parts: Iterable[Rows], w: Int8Weight | Int4Weight, impl: str | None
         raise ValueError(f"the parts of a weight have {found} rows, not {w.n}")
 
 
+def pack_blocks(
+    parts: Iterable[Tensor], n: int, k: int, kind: str, *, impl: str | None = None
+) -> BlockWeight:
+    """A weight [N, K] of the blocks of a GGUF file, whose rows come in parts uint8 [any, bytes].
+
+    Rows are as in the file and may be views of it; only the part at hand is read. ``kind`` is one
+    of `BLOCK_KINDS`. Raises TypeError or ValueError for other types and shapes, also if the parts
+    do not make N rows.
+    """
+    w = empty_blocks(kind, n, k)
+    run, found = implementation(w, impl, w.data), 0
+    for rows in parts:
+        check_block_rows(rows, w)
+        if found + len(rows) > n:
+            raise ValueError(f"the parts of a weight have more than {n} rows")
+        run.put(rows, w, found)
+        found += len(rows)
+    if found != n:
+        raise ValueError(f"the parts of a weight have {found} rows, not {n}")
+    return w
+
+
 def unpack(w: Weight, *, impl: str | None = None) -> Tensor:
     """The weight [N, K] in the type in which it is kept; float32 if that is integers."""
     return implementation(w, impl, w.data).unpack(w)
@@ -202,7 +241,8 @@ def linear(
     in ascending order, then the bias, whatever the number of rows. Against 8-bit and 4-bit weights
     a row of activations becomes 8-bit codes, with one scale a row or a group of inputs, sums of
     products are exact integers, and groups are added in ascending order (``quantized_ref`` has
-    each operation). Raises TypeError or ValueError for other types or shapes.
+    each operation). The same holds for blocks of GGUF files, with a scale for 32 inputs
+    (``blocks_ref``). Raises TypeError or ValueError for other types or shapes.
     """
     return implementation(w, impl, x).linear(x, w, bias, out)
 

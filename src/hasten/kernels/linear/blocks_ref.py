@@ -130,20 +130,21 @@ def _without_codes(blocks: Tensor, kind: str) -> Tensor:
 
 def put(rows: Tensor, w: BlockWeight, first: int) -> None:
     """Write rows ``first`` and following, as in a file, into the stream of a weight."""
-    every = rows_of(w)
+    every = _padded_rows(w)
     every[first : first + len(rows)] = rows
-    padded = every.new_zeros((-(-w.n // STRIP) * STRIP, every.shape[1]))
-    padded[: w.n] = every
+    values, nbytes, _ = BLOCK_KINDS[w.kind]
     for inputs, stream in _spans(w):
-        values, nbytes, _ = BLOCK_KINDS[w.kind]
-        span = padded[:, inputs.start // values * nbytes : inputs.stop // values * nbytes]
+        span = every[:, inputs.start // values * nbytes : inputs.stop // values * nbytes]
         stream.copy_(_to_stream(span, w.kind))
 
 
 def rows_of(w: BlockWeight) -> Tensor:
     """The rows of a weight as they are in a file, uint8 [N, bytes]."""
-    parts = [_from_stream(stream, w.kind) for _, stream in _spans(w)]
-    return torch.cat(parts, 1)[: w.n]
+    return _padded_rows(w)[: w.n]
+
+
+def _padded_rows(w: BlockWeight) -> Tensor:
+    return torch.cat([_from_stream(stream, w.kind) for _, stream in _spans(w)], 1)
 
 
 def _spans(w: BlockWeight) -> Iterator[tuple[slice, Tensor]]:
