@@ -2,8 +2,8 @@
 
 #include <cstring>
 
-#include "parallel.h"
 #include "half.h"
+#include "parallel.h"
 
 namespace hasten {
 namespace {
@@ -99,11 +99,10 @@ struct Place {
 };
 
 template <Block B>
-Place place_of(const uint8_t* stream, int64_t panel, int64_t span, int64_t k) {
+Place place_of(uint8_t* stream, int64_t panel, int64_t span, int64_t k) {
     const int64_t subs = (k - span * SPAN < SPAN ? k - span * SPAN : SPAN) / SUB;
-    uint8_t* at = const_cast<uint8_t*>(stream) +
-                  STRIP_OUTPUTS * (panel / STRIP_PANELS * row_bytes(B, k) +
-                                   row_bytes(B, span * SPAN));
+    uint8_t* at = stream + STRIP_OUTPUTS * (panel / STRIP_PANELS * row_bytes(B, k) +
+                                            row_bytes(B, span * SPAN));
     const int64_t p = panel % STRIP_PANELS, header = header_bytes(B, subs);
     return {at + p * header, at + STRIP_PANELS * header + p * code_bytes(B), subs};
 }
@@ -171,55 +170,62 @@ void get_span(const Place& place, int64_t lane, float* out) {
     }
 }
 
+struct Output {
+    int64_t panel, lane;
+};
+
+Output output_of(const BlockStream& w, int64_t row) {
+    if (!w.gated) return {row / 16, row % 16};
+    const bool second = row >= w.n / 2;
+    const int64_t within = second ? row - w.n / 2 : row;
+    return {within / 16 * 2 + second, within % 16};
+}
+
 template <Block B>
-void pack_of(const uint8_t* rows, int64_t stride, int64_t first, int64_t count, int64_t k,
-             uint8_t* stream) {
-    const int64_t panel = first / 16, end = first + count;
-    parallel((end + 15) / 16 - panel, 4, count * k, [&](int64_t from, int64_t to) {
-        for (int64_t p = panel + from; p < panel + to; p++) {
-            const int64_t begin = p * 16 > first ? p * 16 : first;
-            const int64_t stop = p * 16 + 16 < end ? p * 16 + 16 : end;
-            for (int64_t span = 0; span * SPAN < k; span++) {
-                const Place place = place_of<B>(stream, p, span, k);
-                for (int64_t row = begin; row < stop; row++)
-                    put_span<B>(rows + (row - first) * stride + row_bytes(B, span * SPAN), place,
-                                row % 16);
-            }
-        }
+void pack_of(const BlockStream& w, const uint8_t* rows, int64_t stride, int64_t first,
+             int64_t count) {
+    // sixteen rows at a time, mostly those of a panel, go through a span together
+    parallel((count + 15) / 16, 4, count * w.k, [&](int64_t from, int64_t to) {
+        for (int64_t begin = from * 16; begin < to * 16 && begin < count; begin += 16)
+            for (int64_t span = 0; span * SPAN < w.k; span++)
+                for (int64_t row = begin; row < begin + 16 && row < count; row++) {
+                    const Output at = output_of(w, first + row);
+                    put_span<B>(rows + row * stride + row_bytes(B, span * SPAN),
+                                place_of<B>(w.data, at.panel, span, w.k), at.lane);
+                }
     });
 }
 
 template <Block B>
-void unpack_of(const uint8_t* stream, const int64_t* ids, int64_t count, int64_t k, float* out) {
-    parallel(count, 4, count * k * 4, [&](int64_t begin, int64_t end) {
+void unpack_of(const BlockStream& w, const int64_t* ids, int64_t count, float* out) {
+    parallel(count, 4, count * w.k * 4, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-            const int64_t row = ids[i];
-            for (int64_t span = 0; span * SPAN < k; span++)
-                get_span<B>(place_of<B>(stream, row / 16, span, k), row % 16,
-                            out + i * k + span * SPAN);
+            const Output at = output_of(w, ids[i]);
+            for (int64_t span = 0; span * SPAN < w.k; span++)
+                get_span<B>(place_of<B>(w.data, at.panel, span, w.k), at.lane,
+                            out + i * w.k + span * SPAN);
         }
     });
 }
 
 }  // namespace
 
-void pack_blocks(Block kind, const uint8_t* rows, int64_t stride, int64_t first, int64_t count,
-                 int64_t k, uint8_t* stream) {
-    switch (kind) {
-        case Block::q8_0: return pack_of<Block::q8_0>(rows, stride, first, count, k, stream);
-        case Block::q4_0: return pack_of<Block::q4_0>(rows, stride, first, count, k, stream);
-        case Block::q4_k: return pack_of<Block::q4_k>(rows, stride, first, count, k, stream);
-        case Block::q6_k: return pack_of<Block::q6_k>(rows, stride, first, count, k, stream);
+void pack_blocks(const BlockStream& w, const uint8_t* rows, int64_t stride, int64_t first,
+                 int64_t count) {
+    switch (w.kind) {
+        case Block::q8_0: return pack_of<Block::q8_0>(w, rows, stride, first, count);
+        case Block::q4_0: return pack_of<Block::q4_0>(w, rows, stride, first, count);
+        case Block::q4_k: return pack_of<Block::q4_k>(w, rows, stride, first, count);
+        case Block::q6_k: return pack_of<Block::q6_k>(w, rows, stride, first, count);
     }
 }
 
-void unpack_blocks(Block kind, const uint8_t* stream, const int64_t* ids, int64_t count, int64_t k,
-                   float* out) {
-    switch (kind) {
-        case Block::q8_0: return unpack_of<Block::q8_0>(stream, ids, count, k, out);
-        case Block::q4_0: return unpack_of<Block::q4_0>(stream, ids, count, k, out);
-        case Block::q4_k: return unpack_of<Block::q4_k>(stream, ids, count, k, out);
-        case Block::q6_k: return unpack_of<Block::q6_k>(stream, ids, count, k, out);
+void unpack_blocks(const BlockStream& w, const int64_t* ids, int64_t count, float* out) {
+    switch (w.kind) {
+        case Block::q8_0: return unpack_of<Block::q8_0>(w, ids, count, out);
+        case Block::q4_0: return unpack_of<Block::q4_0>(w, ids, count, out);
+        case Block::q4_k: return unpack_of<Block::q4_k>(w, ids, count, out);
+        case Block::q6_k: return unpack_of<Block::q6_k>(w, ids, count, out);
     }
 }
 

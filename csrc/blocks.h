@@ -42,13 +42,27 @@ constexpr int64_t code_bytes(Block b) {
     return b == Block::q8_0 ? 512 : b == Block::q6_k ? 384 : 256;
 }
 constexpr int64_t row_bytes(Block b, int64_t k) { return k / block_values(b) * block_bytes(b); }
-constexpr int64_t strips_of(int64_t n) { return (n + STRIP_OUTPUTS - 1) / STRIP_OUTPUTS; }
+// With a gate, panels of the first and of the second half of the n outputs alternate.
+constexpr int64_t panels_of(int64_t n, bool gated) {
+    return gated ? 2 * ((n / 2 + 15) / 16) : (n + 15) / 16;
+}
+constexpr int64_t strips_of(int64_t n, bool gated) {
+    return (panels_of(n, gated) + STRIP_PANELS - 1) / STRIP_PANELS;
+}
+
+struct BlockStream {
+    uint8_t* data;
+    Block kind;
+    int64_t n, k;
+    bool gated;
+
+    int64_t bytes() const { return strips_of(n, gated) * STRIP_OUTPUTS * row_bytes(kind, k); }
+};
 
 // rows [count, row_bytes] of a file into a stream, as outputs `first` and following
-void pack_blocks(Block kind, const uint8_t* rows, int64_t stride, int64_t first, int64_t count,
-                 int64_t k, uint8_t* stream);
+void pack_blocks(const BlockStream& w, const uint8_t* rows, int64_t stride, int64_t first,
+                 int64_t count);
 // the values of some outputs, float [count, k], as ggml computes them
-void unpack_blocks(Block kind, const uint8_t* stream, const int64_t* ids, int64_t count, int64_t k,
-                   float* out);
+void unpack_blocks(const BlockStream& w, const int64_t* ids, int64_t count, float* out);
 
 }  // namespace hasten

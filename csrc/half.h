@@ -1,4 +1,4 @@
-// float16 to float, without instructions for it.
+// float16 to float, exact.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,7 @@
 
 namespace hasten {
 
-// inlined always, so that no copy made for one instruction set serves the code of another
-static inline __attribute__((always_inline)) float half_to_float(uint16_t x) {
+inline float half_to_float(uint16_t x) {
     const uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = x >> 10 & 31, mantissa = x & 1023;
     uint32_t bits;
     if (exponent == 31) {

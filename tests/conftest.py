@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from hasten.kernels.linear import Weight
 from hasten.models.base import Decoder
 from hasten.models.facts import Facts
-from hasten.weights.base import WeightFormat
+from hasten.weights.base import Matrix, WeightFormat
 from hasten.weights.checkpoint import Checkpoint
 
 settings.register_profile(
@@ -40,6 +41,9 @@ class RandomWeights:
 
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
         return iter([self.get(name, shape)])
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        return None
 
 
 def hash_of(text: str) -> int:

@@ -19,6 +19,17 @@ inline std::string text(int64_t x) { return std::to_string(x); }
 // A ValueError; thrown inside of a launched call, too, where nobody holds the GIL.
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
 
+inline Gate gate_of(const std::string& kind) {
+    if (kind == "silu") return Gate::silu;
+    if (kind == "gelu_tanh") return Gate::gelu_tanh;
+    fail("activation '" + kind + "' is neither silu nor gelu_tanh");
+}
+
+inline const float* optional_bias(nb::handle bias, int64_t n) {
+    if (bias.is_none()) return nullptr;
+    return Tensor("bias", bias).is(Type::f32).has_shape({n}).contiguous().floats();
+}
+
 // Runs an operation whose arguments have the right types and shapes. `call` holds them by value and
 // checks what arrays of row numbers say, since a recorded call runs again when they say something
 // else. `bytes` of weights, keys and values is what it reads from memory; a call that only then
@@ -40,6 +51,7 @@ void launch(const char* name, int64_t bytes, const Call& call) {
 
 void bind_linear(nb::module_& m);
 void bind_linear_blocks(nb::module_& m);
+void bind_linear_quantized(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_pages(nb::module_& m);
 

@@ -1,8 +1,10 @@
 // Linear layers on the blocks of GGUF files.
 #include <nanobind/stl/string.h>
 
-#include "../blocks.h"
-#include "bindings.h"
+#include <stdexcept>
+#include <vector>
+
+#include "experts.h"
 
 namespace hasten {
 namespace {
@@ -15,73 +17,110 @@ Block block_of(const std::string& name) {
     fail("kind is " + name + ", not Q8_0, Q4_0, Q4_K or Q6_K");
 }
 
-// The stream of a weight [n, k], checked against its size.
-const uint8_t* stream(nb::handle data_, Block kind, int64_t n, int64_t k) {
-    if (n < 0 || k < 0 || k % block_values(kind))
-        fail("k is " + text(k) + ", not a multiple of the block's " + text(block_values(kind)));
-    Tensor data("data", data_);
-    data.is(Type::u8).has_shape({strips_of(n) * STRIP_OUTPUTS * row_bytes(kind, k)}).contiguous();
-    return data.as<uint8_t>();
+void check_shape(const BlockStream& s) {
+    if (s.n < 0 || s.k < 1 || s.k % block_values(s.kind) || (s.gated && s.n % 2))
+        fail("w cannot have " + text(s.n) + " outputs of " + text(s.k) + " inputs in blocks of " +
+             text(block_values(s.kind)));
 }
 
-void linear_blocks(nb::handle x_, nb::handle data_, const std::string& kind, int64_t n,
+BlockStream stream(nb::handle data_, const std::string& kind, int64_t n, int64_t k, bool gated) {
+    Tensor data("w", data_);
+    data.is(Type::u8).has_dims(1).contiguous();
+    const BlockStream s{data.as<uint8_t>(), block_of(kind), n, k, gated};
+    check_shape(s);
+    if (s.bytes() != data.size())
+        data.fail("has " + text(data.size()) + " bytes, not " + text(s.bytes()));
+    return s;
+}
+
+void linear_blocks(nb::handle x_, nb::handle w_, const std::string& kind, int64_t n, int64_t k,
                    nb::handle bias_, nb::handle add_, nb::handle out_) {
+    const BlockStream w = stream(w_, kind, n, k, false);
     Tensor x("x", x_), out("out", out_);
-    x.is(Type::f32).has_dims(2).contiguous(1);
-    const int64_t rows = x.shape(0), k = x.shape(1);
-    BlocksArgs a{block_of(kind), n, k};
-    LinearPart part{x.floats(), rows, stream(data_, a.kind, n, k), nullptr, nullptr, out.floats()};
-    out.is(Type::f32).has_shape({rows, n}).contiguous(1);
+    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
+    out.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1);
+    BlocksArgs a{w.kind, n, k};
+    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
     a.x_stride = x.stride(0), a.out_stride = out.stride(0);
-    if (!bias_.is_none())
-        part.bias = Tensor("bias", bias_).is(Type::f32).has_shape({n}).contiguous().floats();
     if (!add_.is_none()) {
         Tensor add("add", add_);
-        add.is(Type::f32).has_shape({rows, n}).contiguous(1);
-        part.add = add.floats(), a.add_stride = add.stride(0);
+        part.add = add.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1).floats();
+        a.add_stride = add.stride(0);
     }
-    if (rows == 0 || n == 0) return;
-    launch("linear", n * row_bytes(a.kind, k), [a, part] { kernels().linear_blocks(a, &part, 1); });
+    launch("linear", w.bytes(), [a, part] { kernels().linear_blocks(a, &part, 1); });
 }
 
-void pack_blocks_(nb::handle rows_, const std::string& name, int64_t first, int64_t n, int64_t k,
-                  nb::handle data_) {
-    const Block kind = block_of(name);
-    uint8_t* to = const_cast<uint8_t*>(stream(data_, kind, n, k));
+void linear_blocks_gated(nb::handle x_, nb::handle w_, const std::string& kind, int64_t n,
+                         int64_t k, nb::handle bias_, const std::string& gate, nb::handle out_) {
+    const BlockStream w = stream(w_, kind, n, k, true);
+    Tensor x("x", x_), out("out", out_);
+    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
+    out.is(Type::f32).has_shape({x.shape(0), n / 2}).contiguous(1);
+    BlocksArgs a{w.kind, n, k, gate_of(gate), x.stride(0), out.stride(0)};
+    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
+    launch("linear_gated", w.bytes(), [a, part] { kernels().linear_blocks(a, &part, 1); });
+}
+
+void linear_blocks_experts(nb::handle x_, const TensorList& weights, const std::string& kind,
+                           int64_t n, int64_t k, nb::handle gate_, nb::handle offsets_,
+                           nb::handle out_) {
+    const bool gated = !gate_.is_none();
+    const BlockStream w{nullptr, block_of(kind), n, k, gated};
+    check_shape(w);
+    if (weights.type() != Type::u8 || weights.shape() != std::vector{w.bytes()})
+        fail("the experts' weights are not [" + text(n) + ", " + text(k) + "] in " +
+             text(w.bytes()) + " bytes");
+    const ExpertRows rows(x_, weights, k, offsets_, gated ? n / 2 : n, out_);
+    BlocksArgs a{w.kind, n, k};
+    if (gated) a.gate = gate_of(nb::cast<std::string>(gate_));
+    a.x_stride = rows.x_stride, a.out_stride = rows.out_stride;
+    launch("linear_experts", rows.most_weights() * w.bytes(), [a, rows] {
+        const std::vector<LinearPart> parts = rows.parts();
+        kernels().linear_blocks(a, parts.data(), int64_t(parts.size()));
+    });
+}
+
+void put_blocks(nb::handle rows_, const std::string& kind, int64_t n, int64_t k, bool gated,
+                int64_t first, nb::handle w_) {
+    const BlockStream w = stream(w_, kind, n, k, gated);
     Tensor rows("rows", rows_);
-    rows.is(Type::u8).has_shape({-1, row_bytes(kind, k)}).contiguous(1);
+    rows.is(Type::u8).has_shape({-1, row_bytes(w.kind, k)}).contiguous(1);
     const int64_t count = rows.shape(0);
-    if (first < 0 || first + count > n)
-        rows.fail("are " + text(first) + " to " + text(first + count) + " of " + text(n));
+    if (first < 0 || first + count > n) fail("rows from " + text(first) + " on are not in w");
     nb::gil_scoped_release release;
-    pack_blocks(kind, rows.as<uint8_t>(), rows.stride(0), first, count, k, to);
+    pack_blocks(w, rows.as<uint8_t>(), rows.stride(0), first, count);
 }
 
-void unpack_blocks_(nb::handle data_, const std::string& name, int64_t n, nb::handle ids_,
-                    nb::handle out_) {
-    const Block kind = block_of(name);
+void embed_blocks(nb::handle ids_, nb::handle w_, const std::string& kind, int64_t n, int64_t k,
+                  bool gated, nb::handle out_) {
+    const BlockStream w = stream(w_, kind, n, k, gated);
     Tensor ids("ids", ids_), out("out", out_);
     ids.is(Type::i64).has_dims(1).contiguous();
-    out.is(Type::f32).has_shape({ids.shape(0), -1}).contiguous();
-    const uint8_t* data = stream(data_, kind, n, out.shape(1));
-    for (int64_t i = 0; i < ids.shape(0); i++) {
-        const int64_t id = ids.as<int64_t>()[i];
-        if (id < 0 || id >= n)
-            throw nb::index_error(("ids[" + text(i) + "] is " + text(id) + ", but the table has " +
-                                   text(n) + " rows").c_str());
-    }
-    nb::gil_scoped_release release;
-    unpack_blocks(kind, data, ids.as<int64_t>(), ids.shape(0), out.shape(1), out.floats());
+    out.is(Type::f32).has_shape({ids.shape(0), k}).contiguous();
+    const int64_t rows = ids.shape(0), *id = ids.as<int64_t>();
+    float* to = out.floats();
+    launch("embed", rows * row_bytes(w.kind, k), [w, rows, id, to] {
+        for (int64_t i = 0; i < rows; i++)
+            if (id[i] < 0 || id[i] >= w.n)
+                throw std::out_of_range("ids[" + text(i) + "] is " + text(id[i]) +
+                                        ", but the table has " + text(w.n) + " rows");
+        unpack_blocks(w, id, rows, to);
+    });
 }
 
 }  // namespace
 
 void bind_linear_blocks(nb::module_& m) {
     using namespace nanobind::literals;
-    m.def("linear_blocks", &linear_blocks, "x"_a, "data"_a, "kind"_a, "n"_a, "bias"_a.none(),
+    m.def("linear_blocks", &linear_blocks, "x"_a, "w"_a, "kind"_a, "n"_a, "k"_a, "bias"_a.none(),
           "add"_a.none(), "out"_a);
-    m.def("pack_blocks", &pack_blocks_, "rows"_a, "kind"_a, "first"_a, "n"_a, "k"_a, "data"_a);
-    m.def("unpack_blocks", &unpack_blocks_, "data"_a, "kind"_a, "n"_a, "ids"_a, "out"_a);
+    m.def("linear_blocks_gated", &linear_blocks_gated, "x"_a, "w"_a, "kind"_a, "n"_a, "k"_a,
+          "bias"_a.none(), "gate"_a, "out"_a);
+    m.def("linear_blocks_experts", &linear_blocks_experts, "x"_a, "weights"_a, "kind"_a, "n"_a,
+          "k"_a, "gate"_a.none(), "offsets"_a, "out"_a);
+    m.def("put_blocks", &put_blocks, "rows"_a, "kind"_a, "n"_a, "k"_a, "gated"_a, "first"_a, "w"_a);
+    m.def("embed_blocks", &embed_blocks, "ids"_a, "w"_a, "kind"_a, "n"_a, "k"_a, "gated"_a,
+          "out"_a);
 }
 
 }  // namespace hasten

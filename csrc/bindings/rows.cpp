@@ -1,4 +1,6 @@
 // Operations on rows of activations.
+#include <nanobind/stl/string.h>
+
 #include <cstring>
 
 #include "bindings.h"
@@ -90,12 +92,12 @@ void take_rows(nb::handle x_, nb::handle index_, nb::handle out_) {
     });
 }
 
-void gated(nb::handle x_, bool gelu, nb::handle out_) {
+void gated(nb::handle x_, const std::string& kind, nb::handle out_) {
     Tensor x("x", x_), out("out", out_);
     x.is(Type::f32).has_dims(2).contiguous(1);
     if (x.shape(1) % 2) x.fail("has an odd number of columns, not a gate and an up half");
     out.is(Type::f32).has_shape({x.shape(0), x.shape(1) / 2}).contiguous();
-    GatedArgs a{x.floats(), x.stride(0), x.shape(0), x.shape(1) / 2, gelu, out.floats()};
+    GatedArgs a{x.floats(), x.stride(0), x.shape(0), x.shape(1) / 2, gate_of(kind), out.floats()};
     launch("gated", 0, [a] { kernels().gated(a); });
 }
 
@@ -140,6 +142,50 @@ void route(nb::handle x_, int64_t top, bool normalize, nb::handle ids_, nb::hand
     launch("route", 0, [a] { kernels().route(a); });
 }
 
+void group_rows(nb::handle ids_, int64_t experts, nb::handle offsets_, nb::handle order_,
+                nb::handle slots_) {
+    Tensor ids("ids", ids_), offsets("offsets", offsets_), order("order", order_);
+    Tensor slots("slots", slots_);
+    ids.is(Type::i32).has_dims(2).contiguous();
+    const int64_t rows = ids.shape(0), top = ids.shape(1);
+    if (experts < 0) fail("the number of experts is negative");
+    offsets.is(Type::i64).has_shape({experts + 1}).contiguous();
+    order.is(Type::i32).has_shape({rows * top}).contiguous();
+    slots.is(Type::i32).has_shape({rows, top}).contiguous();
+    const GroupArgs a{ids.as<int32_t>(), rows, top, experts, offsets.as<int64_t>(),
+                      order.as<int32_t>(), slots.as<int32_t>()};
+    launch("group_rows", 0, [a] { kernels().group_rows(a); });
+}
+
+void gather(nb::handle x_, nb::handle index_, nb::handle out_) {
+    Tensor x("x", x_), index("index", index_), out("out", out_);
+    x.is(Type::f32).has_dims(2).contiguous(1);
+    index.is(Type::i32).has_dims(1).contiguous();
+    out.is(Type::f32).has_shape({index.shape(0), x.shape(1)}).contiguous();
+    const GatherArgs a{x.floats(), x.stride(0), x.shape(0), x.shape(1), index.as<int32_t>(),
+                       index.shape(0), out.floats()};
+    launch("gather", 0, [a] { kernels().gather(a); });
+}
+
+void combine(nb::handle y_, nb::handle slots_, nb::handle shares_, nb::handle add_,
+             nb::handle out_) {
+    Tensor y("y", y_), slots("slots", slots_), shares("shares", shares_), out("out", out_);
+    slots.is(Type::i32).has_dims(2).contiguous();
+    const int64_t rows = slots.shape(0), top = slots.shape(1);
+    y.is(Type::f32).has_shape({rows * top, -1}).contiguous(1);
+    shares.is(Type::f32).has_shape({rows, top}).contiguous();
+    out.is(Type::f32).has_shape({rows, y.shape(1)}).contiguous();
+    if (top < 1) slots.fail("has no choices");
+    CombineArgs a{y.floats(), y.stride(0), rows, top, y.shape(1), slots.as<int32_t>(),
+                  shares.floats(), nullptr, 0, out.floats()};
+    if (!add_.is_none()) {
+        Tensor add("add", add_);
+        a.add = add.is(Type::f32).has_shape({rows, y.shape(1)}).contiguous(1).floats();
+        a.add_stride = add.stride(0);
+    }
+    launch("combine", 0, [a] { kernels().combine(a); });
+}
+
 }  // namespace
 
 void bind_rows(nb::module_& m) {
@@ -148,9 +194,12 @@ void bind_rows(nb::module_& m) {
           "add"_a.none(), "out"_a, "sum"_a.none());
     m.def("add", &add, "x"_a, "factor"_a, "y"_a.none(), "out"_a);
     m.def("take_rows", &take_rows, "x"_a, "index"_a, "out"_a);
-    m.def("gated", &gated, "x"_a, "gelu"_a, "out"_a);
+    m.def("gated", &gated, "x"_a, "kind"_a, "out"_a);
     m.def("softcap", &softcap, "x"_a, "cap"_a, "out"_a);
     m.def("row_max_lse", &row_max_lse, "logits"_a, "argmax"_a, "max"_a, "lse"_a);
+    m.def("group_rows", &group_rows, "ids"_a, "experts"_a, "offsets"_a, "order"_a, "slots"_a);
+    m.def("gather", &gather, "x"_a, "index"_a, "out"_a);
+    m.def("combine", &combine, "y"_a, "slots"_a, "shares"_a, "add"_a.none(), "out"_a);
     m.def("route", &route, "router_logits"_a, "k"_a, "normalize"_a, "ids"_a, "weights"_a,
           "groups"_a = 1, "top_groups"_a = 1);
 }

@@ -6,38 +6,24 @@
 //     Q6_K        y = fma(float(s), sx * (d * scale), y) groups of 16
 //     Q4_K        y = fma(float(s), sx * (d * scale), y), then
 //                 y = fma(sx * float(sum of x codes), -(dmin * minimum), y)
-// then + bias, then + add. s is an exact integer, every product of floats is rounded once, and
+// then + bias, then + add, or with a gate act(first) * second. s is an exact integer, every product of floats is rounded once, and
 // d * scale is exact. Nothing below can change a bit: neither the instruction set nor who computes
 // a strip, how rows are cut into tiles or how far a span is expanded at a time.
 #include "../blocks.h"
 
 #include <vector>
 
-#include "../half.h"
-#include "ops.h"
+#include "dot.h"
+#include "gate.h"
 #include "quantize.h"
 
 namespace hasten {
 namespace HASTEN_LEVEL {
 
-// --- sixteen sums of products of bytes: a step is four inputs of sixteen outputs
-
-HASTEN_INLINE int32_t four(const int8_t* p) {
-    int32_t x;
-    memcpy(&x, p, 4);
-    return x;
-}
+// --- products of codes below 64, one byte each; those of 8 bits are a matter of ByteDot (dot.h)
 
 #if defined(__AVX512F__)
 
-struct I16 {
-    __m512i v;
-};
-HASTEN_INLINE I16 splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
-HASTEN_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
-HASTEN_INLINE F16 load_half(const uint8_t* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
-}
 HASTEN_INLINE F16 load_bytes(const uint8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
@@ -45,62 +31,22 @@ HASTEN_INLINE F16 load_bytes(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
 
-struct Vnni {
-    typedef __m512i Weights, Inputs;
-    static constexpr int ROWS = 6, PANELS = 4;
-    static HASTEN_INLINE Weights weights(const uint8_t* p) { return _mm512_load_si512(p); }
-    static HASTEN_INLINE Inputs inputs(const int8_t* p) { return _mm512_set1_epi32(four(p)); }
-    // written as assembly, since GCC 12 copies the sum of its intrinsic around
-    static HASTEN_INLINE void add(I16& sum, Weights w, Inputs x) {
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(w), "v"(x));
-    }
-};
-
 // vpmaddubsw adds products in pairs, which must fit 16 bits: 2 * 63 * 127 does
-struct SmallCodes {
+struct SmallDot {
     typedef __m512i Weights, Inputs;
-    static constexpr int ROWS = 4, PANELS = 4;
-    static HASTEN_INLINE Weights weights(const uint8_t* p) { return _mm512_load_si512(p); }
+    static constexpr int MOST_ROWS = 4;
+    static constexpr int panels_of(int) { return 4; }
+
+    static HASTEN_INLINE Weights weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static HASTEN_INLINE Inputs inputs(const int8_t* p) { return _mm512_set1_epi32(four(p)); }
     static HASTEN_INLINE void add(I16& sum, Weights w, Inputs x) {
         const __m512i pairs = _mm512_maddubs_epi16(w, x);
-        sum.v = _mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-    }
-};
-
-// codes of 8 bits are widened: inputs 0 and 2, then 1 and 3
-struct AllCodes {
-    struct Weights {
-        __m512i even, odd;
-    };
-    typedef Weights Inputs;
-    static constexpr int ROWS = 4, PANELS = 4;
-    static HASTEN_INLINE Weights weights(const uint8_t* p) {
-        const __m512i w = _mm512_load_si512(p);
-        return {_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srli_epi16(w, 8)};
-    }
-    static HASTEN_INLINE Inputs inputs(const int8_t* p) {
-        const __m512i x = _mm512_set1_epi32(four(p));
-        return {_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8)};
-    }
-    static HASTEN_INLINE void add(I16& sum, Weights w, Inputs x) {
-        sum.v = _mm512_add_epi32(sum.v, _mm512_madd_epi16(w.even, x.even));
-        sum.v = _mm512_add_epi32(sum.v, _mm512_madd_epi16(w.odd, x.odd));
+        sum = sum + I16{_mm512_madd_epi16(pairs, _mm512_set1_epi16(1))};
     }
 };
 
 #elif defined(__AVX2__)
 
-struct I16 {
-    __m256i lo, hi;
-};
-HASTEN_INLINE __m256i load32(const uint8_t* p) { return _mm256_load_si256((const __m256i*)p); }
-HASTEN_INLINE I16 splat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-HASTEN_INLINE F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-HASTEN_INLINE F16 load_half(const uint8_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
-            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
-}
 HASTEN_INLINE F16 load_bytes(const uint8_t* p) {
     return to_float(I16{_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
                         _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))});
@@ -111,72 +57,25 @@ HASTEN_INLINE F16 load_bytes(const int8_t* p) {
 }
 
 // vpmaddubsw adds products in pairs, which must fit 16 bits: 2 * 63 * 127 does
-struct SmallCodes {
+struct SmallDot {
     struct Weights {
         __m256i lo, hi;
     };
     typedef __m256i Inputs;
-    static constexpr int ROWS = 4, PANELS = 1;
+    static constexpr int MOST_ROWS = 4;
+    static constexpr int panels_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
     static HASTEN_INLINE Weights weights(const uint8_t* p) { return {load32(p), load32(p + 32)}; }
     static HASTEN_INLINE Inputs inputs(const int8_t* p) { return _mm256_set1_epi32(four(p)); }
     static HASTEN_INLINE void add(I16& sum, Weights w, Inputs x) {
         const __m256i one = _mm256_set1_epi16(1);
         const __m256i lo = _mm256_maddubs_epi16(w.lo, x), hi = _mm256_maddubs_epi16(w.hi, x);
-        sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(lo, one));
-        sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(hi, one));
-    }
-};
-
-// codes of 8 bits are widened: inputs 0 and 2, then 1 and 3
-struct AllCodes {
-    struct Weights {
-        __m256i even_lo, even_hi, odd_lo, odd_hi;
-    };
-    struct Inputs {
-        __m256i even, odd;
-    };
-    static constexpr int ROWS = 3, PANELS = 1;
-    static HASTEN_INLINE Weights weights(const uint8_t* p) {
-        const __m256i low = _mm256_set1_epi16(255), lo = load32(p), hi = load32(p + 32);
-        return {_mm256_and_si256(lo, low), _mm256_and_si256(hi, low), _mm256_srli_epi16(lo, 8),
-                _mm256_srli_epi16(hi, 8)};
-    }
-    static HASTEN_INLINE Inputs inputs(const int8_t* p) {
-        const __m256i x = _mm256_set1_epi32(four(p));
-        return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
-    }
-    static HASTEN_INLINE void add(I16& sum, Weights w, Inputs x) {
-        sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.even_lo, x.even));
-        sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.even_hi, x.even));
-        sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.odd_lo, x.odd));
-        sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.odd_hi, x.odd));
+        sum = sum + I16{_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, one)};
     }
 };
 
 #else
 
-struct I16 {
-    int32_t v[LANES];
-};
-HASTEN_INLINE I16 splat(int32_t x) {
-    I16 r;
-    for (int i = 0; i < LANES; i++) r.v[i] = x;
-    return r;
-}
-HASTEN_INLINE F16 to_float(I16 a) {
-    F16 r;
-    for (int i = 0; i < LANES; i++) r.v[i] = float(a.v[i]);
-    return r;
-}
-HASTEN_INLINE F16 load_half(const uint8_t* p) {
-    F16 r;
-    for (int i = 0; i < LANES; i++) {
-        uint16_t x;
-        memcpy(&x, p + 2 * i, 2);
-        r.v[i] = half_to_float(x);
-    }
-    return r;
-}
 template <class T>
 HASTEN_INLINE F16 load_bytes(const T* p) {
     F16 r;
@@ -184,19 +83,19 @@ HASTEN_INLINE F16 load_bytes(const T* p) {
     return r;
 }
 
-struct AllCodes {
+struct SmallDot {
     typedef const uint8_t* Weights;
     typedef const int8_t* Inputs;
-    static constexpr int ROWS = 2, PANELS = 1;
+    static constexpr int MOST_ROWS = 2;
+    static constexpr int panels_of(int) { return 1; }
+
     static HASTEN_INLINE Weights weights(const uint8_t* p) { return p; }
     static HASTEN_INLINE Inputs inputs(const int8_t* p) { return p; }
     static HASTEN_INLINE void add(I16& sum, Weights w, Inputs x) {
         for (int j = 0; j < LANES; j++)
-            sum.v[j] += w[4 * j] * x[0] + w[4 * j + 1] * x[1] + w[4 * j + 2] * x[2] +
-                        w[4 * j + 3] * x[3];
+            for (int i = 0; i < 4; i++) sum.v[j] += w[4 * j + i] * x[i];
     }
 };
-typedef AllCodes SmallCodes;
 
 #endif
 
@@ -220,9 +119,9 @@ void expand_scales(const uint8_t* header, int subs, Span& span) {
     for (int p = 0; p < STRIP_PANELS; p++, header += header_bytes(B, subs)) {
         if (B == Block::q8_0 || B == Block::q4_0) {
             for (int sub = 0; sub < subs; sub++)
-                store(span.scale[sub][p], load_half(header + 32 * sub));
+                store(span.scale[sub][p], load_half((const uint16_t*)(header + 32 * sub)));
         } else if (B == Block::q6_k) {
-            const F16 d = load_half(header);
+            const F16 d = load_half((const uint16_t*)header);
             for (int i = 0; i < 16; i++)
                 store(span.scale[i][p], d * load_bytes((const int8_t*)header + 32 + 16 * i));
         } else {
@@ -234,7 +133,8 @@ void expand_scales(const uint8_t* header, int subs, Span& span) {
             for (int i = 0; i < 64; i++) minimum[i] = b[i] & 63;
             for (int i = 0; i < 64; i++) scale[64 + i] = uint8_t((c[i] & 15) | (a[i] >> 2 & 48));
             for (int i = 0; i < 64; i++) minimum[64 + i] = uint8_t(c[i] >> 4 | (b[i] >> 2 & 48));
-            const F16 d = load_half(header), dmin = zero() - load_half(header + 32);
+            const F16 d = load_half((const uint16_t*)header);
+            const F16 dmin = zero() - load_half((const uint16_t*)(header + 32));
             for (int sub = 0; sub < SUBS; sub++) {
                 store(span.scale[sub][p], d * load_bytes(scale + 16 * sub));
                 store(span.low[sub][p], dmin * load_bytes(minimum + 16 * sub));
@@ -274,11 +174,20 @@ struct alignas(64) RowSpan {
     int8_t codes[SPAN];
     float scale[SUBS];
     float sum[SUBS];          // scale * float(sum of codes)
-    int32_t start[2 * SUBS];  // -zero * sum of codes, by groups of 32, or 16 (Q6_K)
+    int32_t start[2 * SUBS];  // what takes the zero out, by groups of 32, or 16 (Q6_K)
 };
 
+// what a sum begins with, times the sum of the activation codes
+template <Block B, class Dot>
+constexpr int32_t factor() {
+    if constexpr (B == Block::q8_0)
+        return Dot::FACTOR;
+    else
+        return -block_zero(B);
+}
+
 // A row into its spans, which are `step` apart.
-template <Block B>
+template <Block B, class Dot>
 void quantize(const float* x, int64_t k, RowSpan* to, int64_t step) {
     constexpr int HALVES = halves_of(B), SIZE = SUB / HALVES;
     for (int64_t i = 0; i < k; i += SUB) {
@@ -286,14 +195,14 @@ void quantize(const float* x, int64_t k, RowSpan* to, int64_t step) {
         const int sub = int(i % SPAN / SUB);
         int8_t* codes = span.codes + sub * SUB;
         int32_t sum;
-        quantize_block(x + i, SUB, codes, span.scale + sub, &sum);
+        quantize_block(x + i, SUB, 1, codes, span.scale + sub, &sum);
         span.sum[sub] = span.scale[sub] * float(sum);
         for (int h = 0; h < HALVES; h++) {
             if (HALVES > 1) {
                 sum = 0;
                 for (int j = 0; j < SIZE; j++) sum += codes[h * SIZE + j];
             }
-            span.start[sub * HALVES + h] = -block_zero(B) * sum;
+            span.start[sub * HALVES + h] = factor<B, Dot>() * sum;
         }
     }
 }
@@ -310,7 +219,7 @@ struct Tile {
 
 template <Block B, class Dot, int R>
 void tile(const Tile& t) {
-    constexpr int HALVES = halves_of(B), STEPS = 8 / HALVES, P = Dot::PANELS;
+    constexpr int HALVES = halves_of(B), STEPS = 8 / HALVES, P = Dot::panels_of(R);
     const uint8_t* codes = t.codes;
     for (int group = t.first * HALVES; group < t.end * HALVES; group++, codes += STEPS * 64) {
         if (HALVES == 2 && group % 2 == 0 && group > t.first * 2) codes += SUB_CODES - 512;
@@ -321,7 +230,7 @@ void tile(const Tile& t) {
 #pragma GCC unroll 6
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                for (int p = 0; p < P; p++) sum[r][p] = splat(t.x[r].start[group]);
+                for (int p = 0; p < P; p++) sum[r][p] = splat(&t.x[r].start[group]);
 #pragma GCC unroll 8
             for (int s = 0; s < STEPS; s++) {
                 typename Dot::Weights w[P];
@@ -354,17 +263,17 @@ void tile(const Tile& t) {
 
 typedef void (*TileFunction)(const Tile&);
 
-// at[rows], filled for 1 to Dot::ROWS
+// at[rows], filled from 1 on
 template <Block B, class Dot>
 struct Tiles {
-    TileFunction at[Dot::ROWS + 1] = {};
+    TileFunction at[Dot::MOST_ROWS + 1] = {};
 
     constexpr Tiles() { fill<1>(); }
 
     template <int R>
     constexpr void fill() {
         at[R] = tile<B, Dot, R>;
-        if constexpr (R < Dot::ROWS) fill<R + 1>();
+        if constexpr (R < Dot::MOST_ROWS) fill<R + 1>();
     }
 };
 
@@ -385,7 +294,7 @@ template <Block B, class Dot>
 void strip_sums(const uint8_t* strip, int64_t k, const RowSpan* x, int64_t x_step, int64_t rows,
                 Span& span, float* y) {
     memset(y, 0, size_t(rows) * STRIP_OUTPUTS * sizeof(float));
-    const int64_t tiles = (rows + Dot::ROWS - 1) / Dot::ROWS;
+    const int64_t tiles = (rows + Dot::MOST_ROWS - 1) / Dot::MOST_ROWS;
     const bool few = rows <= FEW_ROWS;
     for (int64_t from = 0; from < k; from += SPAN, x += x_step) {
         const int subs = int((k - from < SPAN ? k - from : SPAN) / SUB);
@@ -417,9 +326,42 @@ void strip_sums(const uint8_t* strip, int64_t k, const RowSpan* x, int64_t x_ste
     }
 }
 
+// y [rows][64] of a strip to the outputs of rows `row` and following.
+void finish(const BlocksArgs& a, const LinearPart& part, int64_t row, int64_t rows, int64_t strip,
+            const float* y) {
+    const int64_t half = a.n / 2, panel = strip * STRIP_PANELS;
+    for (int64_t r = 0; r < rows; r++, row++, y += STRIP_OUTPUTS) {
+        float* out = part.out + row * a.out_stride;
+        if (a.gate == Gate::none) {
+            for (int p = 0; p < STRIP_PANELS; p++) {
+                const int64_t column = (panel + p) * LANES;
+                if (column >= a.n) break;
+                const int n = a.n - column < LANES ? int(a.n - column) : LANES;
+                F16 v = load(y + p * LANES);
+                if (part.bias) v = v + load_first(part.bias + column, n);
+                if (part.add) v = v + load_first(part.add + row * a.add_stride + column, n);
+                store_first(out + column, v, n);
+            }
+        } else {
+            for (int p = 0; p < STRIP_PANELS; p += 2) {
+                const int64_t column = (panel + p) / 2 * LANES;
+                if (column >= half) break;
+                const int n = half - column < LANES ? int(half - column) : LANES;
+                F16 first = load(y + p * LANES), second = load(y + (p + 1) * LANES);
+                if (part.bias) {
+                    first = first + load_first(part.bias + column, n);
+                    second = second + load_first(part.bias + half + column, n);
+                }
+                store_first(out + column, gated(a.gate, first, second), n);
+            }
+        }
+    }
+}
+
 template <Block B, class Dot>
 void linear_of(const BlocksArgs& a, const LinearPart* parts, int64_t count) {
-    const int64_t strips = strips_of(a.n), strip_bytes = STRIP_OUTPUTS * row_bytes(B, a.k);
+    const bool gate = a.gate != Gate::none;
+    const int64_t strips = strips_of(a.n, gate), strip_bytes = STRIP_OUTPUTS * row_bytes(B, a.k);
     const int64_t spans = (a.k + SPAN - 1) / SPAN;
     int64_t longest = 0;
     for (int64_t i = 0; i < count; i++)
@@ -441,7 +383,7 @@ void linear_of(const BlocksArgs& a, const LinearPart* parts, int64_t count) {
             for (int64_t row = begin; row < end; row++) {
                 while (row >= before[i + 1]) i++;
                 const int64_t at = begin_of(parts[i]) + row - before[i];
-                quantize<B>(parts[i].x + at * a.x_stride, a.k, x + row, rows);
+                quantize<B, Dot>(parts[i].x + at * a.x_stride, a.k, x + row, rows);
             }
         });
         // a range of at least 64 KiB of weights, so that threads rarely meet at the counter
@@ -456,26 +398,16 @@ void linear_of(const BlocksArgs& a, const LinearPart* parts, int64_t count) {
                 if (some == 0) continue;
                 strip_sums<B, Dot>((const uint8_t*)part.w + strip * strip_bytes, a.k,
                                    x + before[item / strips], rows, some, span, y);
-                for (int64_t r = 0; r < some; r++)
-                    for (int p = 0; p < STRIP_PANELS; p++) {
-                        const int64_t column = strip * STRIP_OUTPUTS + p * LANES;
-                        if (column >= a.n) break;
-                        const int n = a.n - column < LANES ? int(a.n - column) : LANES;
-                        F16 v = load(y + r * STRIP_OUTPUTS + p * LANES);
-                        if (part.bias) v = v + load_first(part.bias + column, n);
-                        if (part.add)
-                            v = v + load_first(part.add + (row + r) * a.add_stride + column, n);
-                        store_first(part.out + (row + r) * a.out_stride + column, v, n);
-                    }
+                finish(a, part, row, some, strip, y);
             }
         });
     }
 }
 
-template <class Small, class All>
+template <class Small, class Byte>
 void linear_kinds(const BlocksArgs& a, const LinearPart* parts, int64_t count) {
     switch (a.kind) {
-        case Block::q8_0: return linear_of<Block::q8_0, All>(a, parts, count);
+        case Block::q8_0: return linear_of<Block::q8_0, Byte>(a, parts, count);
         case Block::q4_0: return linear_of<Block::q4_0, Small>(a, parts, count);
         case Block::q4_k: return linear_of<Block::q4_k, Small>(a, parts, count);
         case Block::q6_k: return linear_of<Block::q6_k, Small>(a, parts, count);
@@ -485,12 +417,12 @@ void linear_kinds(const BlocksArgs& a, const LinearPart* parts, int64_t count) {
 }  // namespace
 
 void linear_blocks(const BlocksArgs& a, const LinearPart* parts, int64_t count) {
-    linear_kinds<SmallCodes, AllCodes>(a, parts, count);
+    linear_kinds<SmallDot, ByteDot>(a, parts, count);
 }
 
 #if defined(__AVX512F__)
 void linear_blocks_vnni(const BlocksArgs& a, const LinearPart* parts, int64_t count) {
-    linear_kinds<Vnni, Vnni>(a, parts, count);
+    linear_kinds<ByteDotVnni, ByteDotVnni>(a, parts, count);
 }
 #endif
 

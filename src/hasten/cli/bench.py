@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,10 @@ OutputLen = Annotated[
     int, typer.Option(min=1, help="Generated tokens; end-of-sequence is ignored.")
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="Counted rounds; one more warms up.")]
-Peers = Annotated[bool, typer.Option("--peers", help="Also transformers (eager), interleaved.")]
+Peers = Annotated[
+    bool,
+    typer.Option("--peers", help="Also other engines: transformers, and those in $HASTEN_PEERS."),
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -38,6 +42,7 @@ def latency(
     batch: o.Batch = 1,
     rounds: Rounds = 5,
     peers: Peers = False,
+    convert: o.Convert = False,
     output: Output = None,
     as_json: AsJson = False,
     max_length: o.MaxLength = None,
@@ -59,6 +64,7 @@ def latency(
             batch,
             rounds,
             peers,
+            convert,
             output,
             as_json,
             max_length,
@@ -77,6 +83,7 @@ def throughput(
     batch: o.Batch = 64,
     rounds: Rounds = 3,
     peers: Peers = False,
+    convert: o.Convert = False,
     output: Output = None,
     as_json: AsJson = False,
     max_length: o.MaxLength = None,
@@ -98,6 +105,7 @@ def throughput(
             batch,
             rounds,
             peers,
+            convert,
             output,
             as_json,
             max_length,
@@ -116,6 +124,7 @@ def _measure(
     batch: int,
     rounds: int,
     peers: bool,
+    convert: bool,
     output: Path | None,
     as_json: bool,
     max_length: int | None,
@@ -127,9 +136,11 @@ def _measure(
     from hasten.api.figures import bandwidth_share
     from hasten.api.frontend import Frontend
     from hasten.bench import comparison, report
-    from hasten.bench.contestants import Contestant, HastenContestant, TransformersContestant
+    from hasten.bench.contestants import Contestant, HastenContestant, peer_contestants
+    from hasten.bench.peers.engines import Setup
     from hasten.bench.workloads import random_tokens
 
+    setup = Setup.find() if peers else None
     front = Frontend(
         model,
         stack=stack,
@@ -141,14 +152,20 @@ def _measure(
     vocab = front.engine.model.config.vocab_size
     items = random_tokens(count, input_len, output_len, vocab)
     contestants: list[Contestant] = [HastenContestant(f"hasten {front.stack}", front)]
-    if peers:
-        dtype = front.engine.model.config.dtype
-        contestants.append(TransformersContestant(str(front.folder), dtype, front.tokenizer))
     params = o.sampling(max_tokens=output_len, temperature=0.0)
-    with o.line_of_rounds(rounds) as show:
-        rows = comparison.compare(contestants, items, params, rounds, show)
+    absent: list[str] = []
+    with ExitStack() as open_peers:
+        if setup is not None:
+            running, absent = open_peers.enter_context(
+                peer_contestants(front, items, output_len, batch, setup, convert)
+            )
+            contestants += running
+        with o.line_of_rounds(rounds) as show:
+            rows = comparison.compare(contestants, items, params, rounds, show)
     achieved, achievable = bandwidth_share(front.engine)
     shape = f"{count} prompts of {input_len} tokens, {output_len} generated, batch {batch}"
+    if setup is not None:
+        shape += report.beside_peers(absent)
     share = (
         f"decode steps move {achieved / 1e9:.1f} GB/s, {100 * achieved / achievable:.0f} % of the "
         f"{achievable / 1e9:.1f} GB/s that a plain read of as many bytes reaches"

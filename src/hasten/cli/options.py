@@ -70,7 +70,20 @@ KvBytes = Annotated[
         "at most 2G.",
     ),
 ]
+Convert = Annotated[
+    bool,
+    typer.Option(
+        "--convert",
+        help="With --peers: first convert the checkpoint for engines that need it (minutes, "
+        "gigabytes; kept in $HASTEN_PEERS/models).",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
+
+
+Device = Annotated[
+    str, typer.Option(help="Where the model runs: cpu, or cuda (cuda:1) with a GPU.")
+]
 
 
 def set_threads(threads: int | None) -> None:

@@ -21,12 +21,12 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
-from hasten.kernels.linear import Weight
+from hasten.kernels.linear import ExpertWeights, Weight
 from hasten.kernels.rms_norm import rms_norm
 from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
 from hasten.models.layers import Linear, Rope, RopeFacts, rope_facts, vector
-from hasten.weights.base import WeightFormat
+from hasten.weights.base import Matrix, WeightFormat
 
 # Larger sizes than any model has; a bound on what a hostile config.json can make us allocate.
 MAX_LAYERS = 4096
@@ -154,6 +154,10 @@ class Weights(Protocol):
         """The same for a matrix, in parts of some rows [any, shape[1]] one after the other. The
         shape is checked by the call, not with the first part."""
 
+    def stored(self, wanted: Matrix) -> Weight | None:
+        """The matrix packed from the form in which it is stored, if kernels compute on that form
+        and it is another one than numbers; else None, and ``rows`` has it."""
+
 
 class KV(Protocol):
     """The keys and values that a forward pass reads and extends."""
@@ -193,6 +197,8 @@ def _collect(part: Any, found: dict[int, Weight]) -> None:
     """All packed weights that an object holds, directly or in its parts."""
     if isinstance(part, Weight):
         found[id(part)] = part
+    elif isinstance(part, ExpertWeights):
+        _collect(part.weights, found)
     elif isinstance(part, list | tuple):
         for inner in part:
             _collect(inner, found)
@@ -205,6 +211,10 @@ class Decoder(ABC):
     """A decoder-only language model. Holds weights only, so one instance serves any runner."""
 
     config: ModelConfig
+    device: torch.device = torch.device("cpu")
+    """Where the weights are; `hasten.models.device.place` brings them elsewhere."""
+    embedding: Weight
+    """Of the tokens, [V, H]."""
     norm: Tensor
     """Weight of the last norm, float32 [H]."""
     sampling_defaults: dict[str, Any]
@@ -218,8 +228,9 @@ class Decoder(ABC):
         """
         found: dict[int, Weight] = {}
         _collect(self, found)
-        unread = 0 if self.config.tied else self.config.vocab_size * self.config.hidden_size
-        return sum(w.nbytes for w in found.values()) - unread * self.config.dtype.itemsize
+        if not self.config.tied:
+            del found[id(self.embedding)]
+        return sum(w.nbytes for w in found.values())
 
     @cached_property
     def parameters(self) -> int:

@@ -25,7 +25,7 @@ from hasten.kernels.rms_norm import add_rms_norm, rms_norm
 from hasten.kernels.rows import add, scale
 from hasten.models.base import KV, MAX_HEADS, ModelConfig, StackedDecoder, Weights, common_facts
 from hasten.models.facts import Facts
-from hasten.models.layers import GatedMLP, Linear, Rope, mix, vector
+from hasten.models.layers import GatedMLP, Linear, Mixture, Rope, vector
 
 LATENT_EPS = 1e-6  # of the norms inside of attention, whatever rms_norm_eps says
 
@@ -203,22 +203,25 @@ class Experts:
         self.router = Linear.load(
             weights, {f"{at}.gate": config.num_experts}, config.hidden_size, role="router"
         )
-        self.experts = [
-            mlp(config, weights, f"{at}.experts.{expert}", config.expert_size)
-            for expert in range(config.num_experts)
-        ]
+        self.experts = Mixture(
+            [
+                mlp(config, weights, f"{at}.experts.{expert}", config.expert_size)
+                for expert in range(config.num_experts)
+            ]
+        )
         self.shared: GatedMLP | None = None
         if config.shared_experts:
             size = config.expert_size * config.shared_experts
             self.shared = mlp(config, weights, f"{at}.shared_experts", size, config.mlp_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, stream: Tensor) -> Tensor:
+        """y [R, H], plus ``stream`` [R, H]."""
         config = self.config
         ids, shares = route(
             self.router(x), config.experts_per_token, False, config.groups, config.top_groups
         )
-        out = mix(x, ids, scale(shares, config.routed_scale), self.experts)
-        return out if self.shared is None else add(out, self.shared(x))
+        shared = None if self.shared is None else self.shared(x)
+        return add(stream, self.experts(x, ids, scale(shares, config.routed_scale), shared))
 
 
 def mlp(config: Config, weights: Weights, at: str, size: int, bias: bool = False) -> GatedMLP:
@@ -251,7 +254,7 @@ class Layer:
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
-        return add(hidden, self.mlp(normed))
+        return self.mlp(normed, hidden)
 
 
 class Model(StackedDecoder):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
-from hasten.kernels.rows import add
 from hasten.models.base import KV, ModelConfig, StackedDecoder, Weights, common_facts
 from hasten.models.facts import Facts
 from hasten.models.layers import Attention, GatedMLP, Rope, vector
@@ -63,7 +62,7 @@ class Layer:
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
-        return add(hidden, self.mlp(normed))
+        return self.mlp(normed, hidden)
 
 
 class Model(StackedDecoder):

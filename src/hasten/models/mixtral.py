@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
-from hasten.kernels.rows import add
 from hasten.models.base import KV, ModelConfig, StackedDecoder, Weights, common_facts, layer_windows
 from hasten.models.facts import Facts
 from hasten.models.layers import Attention, Experts, GatedMLP, Linear, Rope, vector
@@ -69,7 +68,7 @@ class Layer:
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.moe_norm, self.eps)
-        return add(hidden, self.moe(normed))
+        return self.moe(normed, hidden)
 
 
 class Model(StackedDecoder):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from hasten.kernels.linear import Weight
 
 if TYPE_CHECKING:
     from hasten.models.base import Weights
+    from hasten.weights.forms import Form
 
 Role = Literal["layer", "embedding", "head", "router"]
+ROLES: tuple[Role, ...] = get_args(Role)
 """What a matrix does. Every step reads the head (which may be the embedding, too) as a whole, and
 of an embedding that is no head only the rows of its tokens. A router's choices flip with small
 errors, and it is small."""
@@ -64,6 +66,9 @@ class WeightFormat(Protocol):
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """The type in which matrices are read from the checkpoint; None keeps its own."""
+
+    def form(self, role: Role) -> Form | None:
+        """How the rows of a matrix become integers; None if it holds numbers as they are read."""
 
     def matrix(self, source: Weights, wanted: Matrix) -> Weight:
         """Read a matrix and bring it into this form, holding little beside the result."""

@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LANES = 16
-"""Outputs in a panel: the width of the kernels' vectors."""
+from hasten.kernels.linear.packed import PANEL, panels
+from hasten.kernels.memory import weight_memory
+
 STRIP = 64
 """Outputs in a strip."""
 SPAN = 256
@@ -55,13 +56,16 @@ class BlockWeight:
     """A weight [n, k] of blocks of one type.
 
     ``data`` is uint8, the stream that the module describes; ``kind`` names the type
-    (`BLOCK_KINDS`).
+    (`BLOCK_KINDS`). With ``gated`` the first half of the outputs are gates and the others what they
+    multiply, n = 2 F, and the panels of both alternate, starting with a gate's; each half is padded
+    to whole panels.
     """
 
     data: Tensor
     n: int
     k: int
     kind: str
+    gated: bool = False
 
     @property
     def name(self) -> str:
@@ -88,12 +92,13 @@ def row_bytes(kind: str, k: int) -> int:
     return k // values * nbytes
 
 
-def empty_blocks(kind: str, n: int, k: int) -> BlockWeight:
+def empty_blocks(kind: str, n: int, k: int, *, gated: bool = False) -> BlockWeight:
     """A weight whose rows are still to be put in."""
-    strips, row = -(-n // STRIP), row_bytes(kind, k)
-    data = torch.empty(strips * STRIP * row, dtype=torch.uint8)
-    data[n // STRIP * STRIP * row :].zero_()  # outputs that pad the last strip
-    return BlockWeight(data, n, k, kind)
+    if gated and n % 2:
+        raise ValueError(f"{n} outputs are not gates and as many values")
+    strips = -(-panels(n, gated) * PANEL // STRIP)
+    data = weight_memory((strips * STRIP * row_bytes(kind, k),), torch.uint8)
+    return BlockWeight(data, n, k, kind, gated)
 
 
 def check_block_rows(rows: Tensor, w: BlockWeight) -> None:

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.kernels.linear.blocks import BLOCK_KINDS, LANES, SPAN, STRIP, BlockWeight, row_bytes
+from hasten.kernels.activation.ref import gated
+from hasten.kernels.linear.blocks import BLOCK_KINDS, SPAN, STRIP, BlockWeight, row_bytes
+from hasten.kernels.linear.packed import PANEL, ExpertWeights
 from hasten.kernels.linear.quantized_ref import fma, quantize
+from hasten.kernels.linear.ref import rows_in_order, rows_of_experts
 
 
 @dataclass
@@ -37,11 +40,12 @@ def linear(
     w: BlockWeight,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    add: Tensor | None = None,
 ) -> Tensor:
     """A fold over groups of inputs ascending, from 0: ``y = fma(float(sum), row scale * scale, y)``,
     where sum is that of products of activation codes and weight codes, and the row scale is that of
     the 32 inputs around the group; for Q4_K then ``y = fma(row scale * float(sum of activation
-    codes), -minimum, y)``. Last the bias.
+    codes), -minimum, y)``. Then the bias, then ``add``.
     """
     fields = read(rows_of(w), w.kind)
     codes, row_scale = quantize(x, 32)
@@ -59,7 +63,23 @@ def linear(
             y = fma(of_row * total, -fields.minimum[:, g], y)
     if bias is not None:
         y = y + bias
+    if add is not None:
+        y = y + add
     return y if out is None else out.copy_(y)
+
+
+def linear_gated(
+    x: Tensor, w: BlockWeight, kind: str, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    y = gated(linear(x, w, bias), kind)
+    return y if out is None else out.copy_(y)
+
+
+def linear_experts(x: Tensor, w: ExpertWeights, offsets: Tensor, kind: str | None = None) -> Tensor:
+    parts = zip(rows_of_experts(x, offsets, len(w.weights)), w.weights, strict=True)
+    return torch.cat(
+        [linear(part, e) if kind is None else linear_gated(part, e, kind) for part, e in parts]
+    )
 
 
 def unpack(w: BlockWeight) -> Tensor:
@@ -131,7 +151,7 @@ def _without_codes(blocks: Tensor, kind: str) -> Tensor:
 def put(rows: Tensor, w: BlockWeight, first: int) -> None:
     """Write rows ``first`` and following, as in a file, into the stream of a weight."""
     every = _padded_rows(w)
-    every[first : first + len(rows)] = rows
+    every[_places(w)[first : first + len(rows)]] = rows
     values, nbytes, _ = BLOCK_KINDS[w.kind]
     for inputs, stream in _spans(w):
         span = every[:, inputs.start // values * nbytes : inputs.stop // values * nbytes]
@@ -140,7 +160,15 @@ def put(rows: Tensor, w: BlockWeight, first: int) -> None:
 
 def rows_of(w: BlockWeight) -> Tensor:
     """The rows of a weight as they are in a file, uint8 [N, bytes]."""
-    return _padded_rows(w)[: w.n]
+    return _padded_rows(w)[_places(w)]
+
+
+def _places(w: BlockWeight) -> Tensor:
+    """Where among the padded outputs each output stands, int64 [N]."""
+    order = rows_in_order(w.n, w.gated)
+    places = torch.zeros(w.n + 1, dtype=torch.int64)
+    places[order] = torch.arange(len(order))
+    return places[: w.n]
 
 
 def _padded_rows(w: BlockWeight) -> Tensor:
@@ -162,17 +190,17 @@ def _to_stream(rows: Tensor, kind: str) -> Tensor:
     values, nbytes, _ = BLOCK_KINDS[kind]
     strips = len(rows) // STRIP
     blocks = rows.reshape(-1, nbytes)
-    head = _without_codes(blocks, kind).reshape(strips, 4, LANES, -1)
+    head = _without_codes(blocks, kind).reshape(strips, 4, PANEL, -1)
     wide = 2 if values == 32 else 4 if kind == "Q4_K" else 2  # bytes of float16 numbers
     if values == 32:
         halves, rest = head, head[..., :0]
     else:
         halves, rest = head[..., :wide], head[..., wide:]
-    halves = halves.view(strips, 4, LANES, -1, 2).transpose(2, 3).reshape(strips, 4, -1)
+    halves = halves.view(strips, 4, PANEL, -1, 2).transpose(2, 3).reshape(strips, 4, -1)
     rest = rest.transpose(2, 3).reshape(strips, 4, -1)
     head = torch.cat([halves, rest], 2).view(strips, -1)
     # [strips, panel, lane, sub, step, 4] to [strips, sub, panel, step, lane, 4]
-    codes = _codes(blocks, kind).reshape(strips, 4, LANES, -1, 8, 4).permute(0, 3, 1, 4, 2, 5)
+    codes = _codes(blocks, kind).reshape(strips, 4, PANEL, -1, 8, 4).permute(0, 3, 1, 4, 2, 5)
     if kind != "Q8_0":
         lines = codes[..., 0::2, :, :] & 15 | (codes[..., 1::2, :, :] & 15) << 4
         if kind == "Q6_K":
@@ -192,9 +220,9 @@ def _from_stream(stream: Tensor, kind: str) -> Tensor:
     size = {"Q8_0": 2, "Q4_0": 2, "Q4_K": 16, "Q6_K": 18}[kind] * STRIP * blocks
     head = stream[:, :size].reshape(strips, 4, -1)
     count = {"Q8_0": subs, "Q4_0": subs, "Q4_K": 2, "Q6_K": 1}[kind]  # of float16 numbers
-    halves = head[..., : count * 2 * LANES].reshape(strips, 4, count, LANES, 2).transpose(2, 3)
-    rest = head[..., count * 2 * LANES :].reshape(strips, 4, -1, LANES).transpose(2, 3)
-    lines = stream[:, size:].reshape(strips, subs, 4, -1, LANES, 4)
+    halves = head[..., : count * 2 * PANEL].reshape(strips, 4, count, PANEL, 2).transpose(2, 3)
+    rest = head[..., count * 2 * PANEL :].reshape(strips, 4, -1, PANEL).transpose(2, 3)
+    lines = stream[:, size:].reshape(strips, subs, 4, -1, PANEL, 4)
     if kind == "Q8_0":
         codes = lines
     else:
