@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "blocks.h"
+
 namespace hasten {
 
 constexpr int PAGE = 16;   // positions in a page  (hasten.cache.layout.PAGE_SIZE)
@@ -41,6 +43,14 @@ struct QuantizedArgs {
     int64_t n, k;
     int64_t group;    // inputs that share a scale; k for int8
     bool asymmetric;  // int4 with a zero beside each scale
+    Gate gate = Gate::none;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
+};
+
+// Weights that are blocks of a GGUF file: streams as blocks.h describes them.
+struct BlocksArgs {
+    Block kind;
+    int64_t n, k;
     Gate gate = Gate::none;
     int64_t x_stride = 0, out_stride = 0, add_stride = 0;
 };
@@ -211,6 +221,7 @@ struct RtnArgs {
 
 struct Kernels {
     void (*linear)(const LinearArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_blocks)(const BlocksArgs&, const LinearPart* parts, int64_t count);
     void (*linear_int8)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
     void (*linear_int4)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
     void (*rms_norm)(const NormArgs&);

@@ -9,9 +9,11 @@ namespace hasten {
 namespace HASTEN_LEVEL {
 
 void linear(const LinearArgs&, const LinearPart* parts, int64_t count);
+void linear_blocks(const BlocksArgs&, const LinearPart* parts, int64_t count);
 void linear_int8(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 void linear_int4(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 #if defined(__AVX512F__)
+void linear_blocks_vnni(const BlocksArgs&, const LinearPart* parts, int64_t count);
 void linear_int8_vnni(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 void linear_int4_vnni(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 #endif

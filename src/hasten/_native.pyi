@@ -26,6 +26,35 @@ def linear_experts(
 def pack(rows: Tensor, first: int, n: int, gated: bool, out: Tensor) -> None: ...
 def unpack(w: Tensor, n: int, k: int, gated: bool, out: Tensor) -> None: ...
 def embed(ids: Tensor, w: Tensor, n: int, k: int, out: Tensor) -> None: ...
+def linear_blocks(
+    x: Tensor,
+    w: Tensor,
+    kind: str,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def linear_blocks_gated(
+    x: Tensor, w: Tensor, kind: str, n: int, k: int, bias: Tensor | None, gate: str, out: Tensor
+) -> None: ...
+def linear_blocks_experts(
+    x: Tensor,
+    weights: TensorList,
+    kind: str,
+    n: int,
+    k: int,
+    gate: str | None,
+    offsets: Tensor,
+    out: Tensor,
+) -> None: ...
+def put_blocks(
+    rows: Tensor, kind: str, n: int, k: int, gated: bool, first: int, w: Tensor
+) -> None: ...
+def embed_blocks(
+    ids: Tensor, w: Tensor, kind: str, n: int, k: int, gated: bool, out: Tensor
+) -> None: ...
 def linear_quantized(
     x: Tensor,
     w: Tensor,
