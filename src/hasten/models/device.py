@@ -86,13 +86,14 @@ def to_device(w: Weight, device: torch.device | str) -> DeviceWeight:
             parts = [unpack(PackedWeight(data, w.n, w.k), impl="cpu") for data in w.data]
             return DeviceWeight(torch.stack(parts).to(device), w.n, w.k)
         return DeviceWeight(unpack(w, impl="cpu").to(device), w.n, w.k, gated=w.gated)
+    if not isinstance(w, Int8Weight | Int4Weight):
+        raise TypeError("no Triton kernel reads the blocks of a GGUF file; load them as bfloat16")
     if w.data.dim() != 1:
         raise TypeError("no Triton kernel reads the weights of several experts at once")
     rows = unpack_codes(w)
     if isinstance(w, Int8Weight):
         codes, scale = rows.codes.to(device), rows.scale.to(device)
         return DeviceWeight(codes, w.n, w.k, scale, gated=w.gated)
-    assert isinstance(w, Int4Weight)
     nibbles = pair_nibbles(rows.codes, w.group).to(device)
     zero = None if rows.zero is None else rows.zero.to(device)
     return DeviceWeight(nibbles, w.n, w.k, rows.scale.to(device), zero, w.group, w.gated)
