@@ -4,22 +4,55 @@
 
 #include <cstdint>
 
+#include "blocks.h"
+
 namespace hasten {
 
 constexpr int PAGE = 16;   // positions in a page  (hasten.cache.layout.PAGE_SIZE)
 constexpr int CHUNK = 64;  // positions in a chunk (hasten.cache.layout.CHUNK)
 
+constexpr int PANEL = 16;  // outputs that stand side by side in a packed weight
+constexpr int GROUP = 4;   // panels that are read together
+
+enum class Gate { none, silu, gelu_tanh };
+
+// What several matrices of one call have in common. A packed weight is one stream: groups of GROUP
+// panels (the last one may be narrower), in a group [k][panels][PANEL] floats, or
+// [ceil(k / 2)][panels][PANEL][2] bf16, in which one output's two neighbours in k share a word.
+// Outputs beyond n are zero. With a gate, panels of the first and of the second half of the n
+// outputs alternate, and there are n / 2 results: act(first) * second.
 struct LinearArgs {
-    const float* x;  // [rows, k]
-    int64_t x_stride, rows, k, n;
-    const void* w;  // [ceil(n / 16), k, 16], float or bf16
+    int64_t n, k;
     bool w_bf16;
+    Gate gate = Gate::none;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
+};
+
+// One matrix and the rows that go through it.
+struct LinearPart {
+    const float* x;  // [rows, k]
+    int64_t rows;
+    const void* w;      // packed [n, k]
     const float* bias;  // [n] or null
-    float* out;         // [rows, n]
-    int64_t out_stride;
-    // several matrices one after the other in w (and bias), each with inputs and outputs of its
-    // own: those of part p begin at x + p * x_part and out + p * out_part
-    int64_t parts = 1, x_part = 0, out_part = 0;
+    const float* add;   // [rows, n] or null, added last
+    float* out;         // [rows, n], or [rows, n / 2] with a gate
+};
+
+// Weights of 8 and 4 bits: streams as hasten.kernels.linear.quantized describes them.
+struct QuantizedArgs {
+    int64_t n, k;
+    int64_t group;    // inputs that share a scale; k for int8
+    bool asymmetric;  // int4 with a zero beside each scale
+    Gate gate = Gate::none;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
+};
+
+// Weights that are blocks of a GGUF file: streams as blocks.h describes them.
+struct BlocksArgs {
+    Block kind;
+    int64_t n, k;
+    Gate gate = Gate::none;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
 };
 
 struct NormArgs {
@@ -30,14 +63,29 @@ struct NormArgs {
     const float* weight;  // [size]
     float eps;
     int64_t outer, inner, size;
-    float* out;  // contiguous
+    float* out;
+    int64_t out_outer, out_inner;
     float* sum;  // x + residual, contiguous; null without a residual
+    const float* add;  // as x, added to the result, or null
+    int64_t add_outer, add_inner;
+};
+
+// out = x * factor, or x * factor + y
+struct AddArgs {
+    const float* x;  // [outer, inner, size]
+    int64_t x_outer, x_inner;
+    float factor;
+    const float* y;  // as x, or null
+    int64_t y_outer, y_inner;
+    int64_t outer, inner, size;
+    float* out;
+    int64_t out_outer, out_inner;
 };
 
 struct GatedArgs {
     const float* x;  // [rows, 2 * size]: gate, up
     int64_t x_stride, rows, size;
-    bool gelu;
+    Gate gate;
     float* out;  // [rows, size]
 };
 
@@ -48,11 +96,22 @@ struct SoftcapArgs {
     float* out;
 };
 
-struct MaxLseArgs {
+struct RowTopArgs {
     const float* x;  // [rows, size]
     int64_t x_stride, rows, size;
     int64_t* argmax;
     float *max, *lse;
+    int64_t k;     // at most size
+    int64_t* ids;  // [rows, k]
+};
+
+// sum over a row of exp((x - shift) / temperature)
+struct SumExpArgs {
+    const float* x;  // [rows, size]
+    int64_t x_stride, rows, size;
+    const float* shift;  // [rows]
+    double temperature;
+    double* sum;  // [rows]
 };
 
 struct RouteArgs {
@@ -62,6 +121,34 @@ struct RouteArgs {
     int32_t* ids;  // [rows, top]
     float* weights;
     int64_t groups, top_groups;  // equal runs of experts, and how many of them are chosen from
+};
+
+// Sorts the choices of all rows by expert, then by row.
+struct GroupArgs {
+    const int32_t* ids;  // [rows, top]
+    int64_t rows, top, experts;
+    int64_t* offsets;  // [experts + 1]: where an expert's rows begin
+    int32_t* order;    // [rows * top]: the row of each place
+    int32_t* slots;    // [rows, top]: the place of each choice
+};
+
+struct GatherArgs {
+    const float* x;  // [rows, size]
+    int64_t x_stride, rows, size;
+    const int32_t* index;  // [count]
+    int64_t count;
+    float* out;  // [count, size]
+};
+
+// out[r] = sum over choices c, by ascending slot, of shares[r, c] * y[slots[r, c]], plus add[r]
+struct CombineArgs {
+    const float* y;  // [rows * top, size]
+    int64_t y_stride, rows, top, size;
+    const int32_t* slots;  // [rows, top], of which no two of a row are equal
+    const float* shares;   // [rows, top]
+    const float* add;      // [rows, size] or null
+    int64_t add_stride;
+    float* out;  // [rows, size]
 };
 
 // How a page holds numbers. i8: a key (or value) is its codes times one scale.
@@ -119,13 +206,35 @@ struct AttentionArgs {
     int64_t* missing;  // set to 1 + row * blocks + block of a row that needs a page it lacks
 };
 
+// Rows rounded to the nearest of their codes: int8 without a group, else 4 bits.
+struct RtnArgs {
+    const void* x;  // [rows, k], float or bf16
+    bool x_bf16;
+    int64_t x_stride, rows, k, group;
+    const float* clip;  // [clips]: shares of the full range that are tried
+    int64_t clips;
+    void* codes;    // [rows, k] int8, or bytes below 16
+    void* scale;    // [rows] float, or [rows, k / group] float16
+    uint8_t* zero;  // as scale, or null: 8
+    int* bad;       // set where a value or scale is not finite
+};
+
 struct Kernels {
-    void (*linear)(const LinearArgs&);
+    void (*linear)(const LinearArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_blocks)(const BlocksArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_int8)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_int4)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
     void (*rms_norm)(const NormArgs&);
+    void (*add)(const AddArgs&);
     void (*gated)(const GatedArgs&);
     void (*softcap)(const SoftcapArgs&);
-    void (*row_max_lse)(const MaxLseArgs&);
+    void (*row_top)(const RowTopArgs&);
+    void (*sum_exp)(const SumExpArgs&);
     void (*route)(const RouteArgs&);
+    void (*group_rows)(const GroupArgs&);
+    void (*gather)(const GatherArgs&);
+    void (*combine)(const CombineArgs&);
+    void (*rtn)(const RtnArgs&);
     void (*append)(const AppendArgs&);
     void (*attention)(const AttentionArgs&);
     void (*vector_math)(const float* x, int64_t size, bool tanh, float* out);  // for tests

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <new>
 
-#include "kernels.h"
+#include "half.h"
 #include "parallel.h"
 
 namespace hasten {
@@ -18,87 +18,104 @@ float widen(uint16_t x) {
     return y;
 }
 
-float half_to_float(uint16_t x) {
-    const uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = x >> 10 & 31, mantissa = x & 1023;
-    uint32_t bits;
-    if (exponent == 31) {
-        bits = sign | 0x7f800000u | mantissa << 13;
-    } else if (exponent) {
-        bits = sign | (exponent + 112) << 23 | mantissa << 13;
-    } else {  // zero or subnormal: mantissa * 2^-24 is exact
-        const float y = float(mantissa) * 0x1p-24f;
-        return sign ? -y : y;
-    }
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
 template <class From, class To, class Convert>
-void pack_of(const From* w, int64_t stride, int64_t n, int64_t k, To* out, Convert convert) {
-    const int64_t panels = (n + PAGE - 1) / PAGE, block = 64;
-    parallel(panels, 1, n * k, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; p++) {
-            To* panel = out + p * k * 16;
-            const int64_t rows = n - p * 16 < 16 ? n - p * 16 : 16;
-            for (int64_t from = 0; from < k; from += block) {
-                const int64_t to = from + block < k ? from + block : k;
-                for (int64_t j = 0; j < rows; j++) {
-                    const From* row = w + (p * 16 + j) * stride;
-                    for (int64_t i = from; i < to; i++) panel[i * 16 + j] = convert(row[i]);
+void pack_of(const From* rows, int64_t stride, int64_t first, int64_t count,
+             const PackedShape& shape, To* out, Convert convert) {
+    const int64_t block = 64, depth = shape.depth();
+    parallel(count, 16, count * shape.k, [&](int64_t begin, int64_t end) {
+        // rows of a panel side by side while a block of k of it is in the cache
+        for (int64_t panel = begin; panel < end; panel += PANEL)
+            for (int64_t from = 0; from < shape.k; from += block) {
+                const int64_t to = from + block < shape.k ? from + block : shape.k;
+                for (int64_t row = panel; row < panel + PANEL && row < end; row++) {
+                    const From* source = rows + row * stride;
+                    const auto place = shape.place(first + row);
+                    To* target = out + place.first + from / depth * place.step;
+                    if (depth == 1)
+                        for (int64_t i = from; i < to; i++, target += place.step)
+                            *target = convert(source[i]);
+                    else
+                        for (int64_t i = from; i < to; i += 2, target += place.step) {
+                            target[0] = convert(source[i]);
+                            if (i + 1 < to) target[1] = convert(source[i + 1]);
+                        }
                 }
-                for (int64_t j = rows; j < 16; j++)
-                    for (int64_t i = from; i < to; i++) panel[i * 16 + j] = To(0);
             }
-        }
     });
 }
 
-template <class T>
-void unpack_of(const T* packed, int64_t n, int64_t k, T* out) {
-    parallel(n, 16, n * k, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) {
-            const T* from = packed + row / 16 * k * 16 + row % 16;
-            for (int64_t i = 0; i < k; i++) out[row * k + i] = from[i * 16];
+// calls take(i, number) for all i of a row
+template <class T, class Take>
+void read_row(const T* packed, const PackedShape& shape, int64_t row, const Take& take) {
+    const auto place = shape.place(row);
+    const T* from = packed + place.first;
+    if (shape.depth() == 1)
+        for (int64_t i = 0; i < shape.k; i++, from += place.step) take(i, *from);
+    else
+        for (int64_t i = 0; i < shape.k; i += 2, from += place.step) {
+            take(i, from[0]);
+            if (i + 1 < shape.k) take(i + 1, from[1]);
         }
+}
+
+template <class T>
+void unpack_of(const T* packed, const PackedShape& shape, T* out) {
+    parallel(shape.n, 16, shape.n * shape.k, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++)
+            read_row(packed, shape, row, [&](int64_t i, T x) { out[row * shape.k + i] = x; });
     });
 }
 
 }  // namespace
 
-void pack(const void* w, Element type, int64_t stride, int64_t n, int64_t k, void* out) {
+PackedShape::Place PackedShape::place(int64_t row) const {
+    int64_t panel = row / PANEL, lane = row % PANEL;
+    if (gated) {
+        const int64_t half = n / 2, in_half = row % half;
+        panel = in_half / PANEL * 2 + row / half, lane = in_half % PANEL;
+    }
+    const int64_t group = panel / GROUP * GROUP;
+    const int64_t in_group = panels() - group < GROUP ? panels() - group : GROUP;
+    const int64_t whole_k = (k + depth() - 1) / depth() * depth();
+    return {group * PANEL * whole_k + (panel - group) * PANEL * depth() + lane * depth(),
+            in_group * PANEL * depth()};
+}
+
+void pack(const void* rows, Element type, int64_t stride, int64_t first, int64_t count,
+          const PackedShape& shape, void* out) {
     switch (type) {
         case Element::f32:
-            pack_of((const float*)w, stride, n, k, (float*)out, [](float x) { return x; });
+            pack_of((const float*)rows, stride, first, count, shape, (float*)out,
+                    [](float x) { return x; });
             break;
         case Element::bf16:
-            pack_of((const uint16_t*)w, stride, n, k, (uint16_t*)out, [](uint16_t x) { return x; });
+            pack_of((const uint16_t*)rows, stride, first, count, shape, (uint16_t*)out,
+                    [](uint16_t x) { return x; });
             break;
         case Element::f16:
-            pack_of((const uint16_t*)w, stride, n, k, (float*)out, half_to_float);
+            pack_of((const uint16_t*)rows, stride, first, count, shape, (float*)out, half_to_float);
             break;
     }
 }
 
-void unpack(const void* packed, bool bf16, int64_t n, int64_t k, void* out) {
-    if (bf16)
-        unpack_of((const uint16_t*)packed, n, k, (uint16_t*)out);
+void unpack(const void* packed, const PackedShape& shape, void* out) {
+    if (shape.bf16)
+        unpack_of((const uint16_t*)packed, shape, (uint16_t*)out);
     else
-        unpack_of((const float*)packed, n, k, (float*)out);
+        unpack_of((const float*)packed, shape, (float*)out);
 }
 
-void embed(const int64_t* ids, int64_t rows, const void* packed, bool bf16, int64_t k, float* out) {
-    parallel(rows, 4, rows * k * 4, [&](int64_t begin, int64_t end) {
+void embed(const int64_t* ids, int64_t rows, const void* packed, const PackedShape& shape,
+           float* out) {
+    parallel(rows, 4, rows * shape.k * 4, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
-            const int64_t at = ids[row] / 16 * k * 16 + ids[row] % 16;
-            float* to = out + row * k;
-            if (bf16) {
-                const uint16_t* from = (const uint16_t*)packed + at;
-                for (int64_t i = 0; i < k; i++) to[i] = widen(from[i * 16]);
-            } else {
-                const float* from = (const float*)packed + at;
-                for (int64_t i = 0; i < k; i++) to[i] = from[i * 16];
-            }
+            float* to = out + row * shape.k;
+            if (shape.bf16)
+                read_row((const uint16_t*)packed, shape, ids[row],
+                         [=](int64_t i, uint16_t x) { to[i] = widen(x); });
+            else
+                read_row((const float*)packed, shape, ids[row],
+                         [=](int64_t i, float x) { to[i] = x; });
         }
     });
 }

@@ -10,8 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from hasten.kernels.linear import Weight
 from hasten.models.base import Decoder
 from hasten.models.facts import Facts
+from hasten.weights.base import Matrix, WeightFormat
+from hasten.weights.checkpoint import Checkpoint
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -24,7 +27,8 @@ class RandomWeights:
 
     dtype = torch.float32
 
-    def __init__(self, seed: int, scale: float) -> None:
+    def __init__(self, seed: int, scale: float, format: WeightFormat | None = None) -> None:
+        self.format = format or Checkpoint()
         self.seed = seed
         self.scale = scale
 
@@ -37,6 +41,9 @@ class RandomWeights:
 
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
         return iter([self.get(name, shape)])
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        return None
 
 
 def hash_of(text: str) -> int:

@@ -1,86 +1,149 @@
 // Linear layers and what reads their packed weights.
-#include "bindings.h"
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "experts.h"
 
 namespace hasten {
 namespace {
 
+// a weight's numbers and what they are
 struct Packed {
     const void* data;
-    bool bf16;
-    int64_t n, k;
+    PackedShape shape;
+
+    int64_t bytes() const { return shape.size() * (shape.bf16 ? 2 : 4); }
+    LinearArgs args() const { return {shape.n, shape.k, shape.bf16}; }
 };
 
-Packed packed(nb::handle object, int64_t n) {
+bool is_bf16(const Tensor& w) {
+    if (w.type() != Type::f32 && w.type() != Type::bf16)
+        w.fail_type(std::string("is ") + type_name(w.type()) + ", not float32 or bfloat16");
+    return w.type() == Type::bf16;
+}
+
+PackedShape shape_of(const Tensor& w, int64_t n, int64_t k, bool gated) {
+    if (n < 0 || k < 0) fail("a weight has no [" + text(n) + ", " + text(k) + "] numbers");
+    if (gated && n % 2) fail("a weight of " + text(n) + " outputs has no gate and up halves");
+    return {n, k, is_bf16(w), gated};
+}
+
+Packed packed(nb::handle object, int64_t n, int64_t k, bool gated = false) {
     Tensor w("w", object);
-    w.has_shape({(n + 15) / 16, -1, 16}).contiguous();
-    if (w.type() != Type::f32 && w.type() != Type::bf16)
-        w.fail_type(std::string("is ") + type_name(w.type()) + ", not float32 or bfloat16");
-    return {w.as<void>(), w.type() == Type::bf16, n, w.shape(1)};
+    const PackedShape shape = shape_of(w, n, k, gated);
+    w.has_shape({shape.size()}).contiguous();
+    return {w.as<void>(), shape};
 }
 
-void linear(nb::handle x_, nb::handle w_, int64_t n, nb::handle bias_, nb::handle out_) {
-    const Packed w = packed(w_, n);
+void linear(nb::handle x_, nb::handle w_, int64_t n, int64_t k, nb::handle bias_, nb::handle add_,
+            nb::handle out_) {
+    const Packed w = packed(w_, n, k);
     Tensor x("x", x_), out("out", out_);
-    x.is(Type::f32).has_shape({-1, w.k}).contiguous(1);
+    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
     out.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1);
-    LinearArgs a{x.floats(), x.stride(0), x.shape(0), w.k, n, w.data, w.bf16, nullptr,
-                 out.floats(), out.stride(0)};
-    if (!bias_.is_none())
-        a.bias = Tensor("bias", bias_).is(Type::f32).has_shape({n}).contiguous().floats();
-    launch("linear", a.parts * (a.n + 15) / 16 * 16 * a.k * (a.w_bf16 ? 2 : 4), [a] { kernels().linear(a); });
+    LinearArgs a = w.args();
+    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
+    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
+    if (!add_.is_none()) {
+        Tensor add("add", add_);
+        part.add = add.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1).floats();
+        a.add_stride = add.stride(0);
+    }
+    launch("linear", w.bytes(), [a, part] { kernels().linear(a, &part, 1); });
 }
 
-void linear_grouped(nb::handle x_, nb::handle w_, int64_t n, nb::handle out_) {
+void linear_gated(nb::handle x_, nb::handle w_, int64_t n, int64_t k, nb::handle bias_,
+                  const std::string& kind, nb::handle out_) {
+    const Packed w = packed(w_, n, k, true);
+    Tensor x("x", x_), out("out", out_);
+    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
+    out.is(Type::f32).has_shape({x.shape(0), n / 2}).contiguous(1);
+    LinearArgs a = w.args();
+    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
+    a.gate = gate_of(kind);
+    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
+    launch("linear_gated", w.bytes(), [a, part] { kernels().linear(a, &part, 1); });
+}
+
+void linear_grouped(nb::handle x_, nb::handle w_, int64_t n, int64_t k, nb::handle out_) {
     Tensor x("x", x_), w("w", w_), out("out", out_);
-    w.has_shape({-1, (n + 15) / 16, -1, 16}).contiguous();
-    if (w.type() != Type::f32 && w.type() != Type::bf16)
-        w.fail_type(std::string("is ") + type_name(w.type()) + ", not float32 or bfloat16");
-    const int64_t groups = w.shape(0), k = w.shape(2);
+    const PackedShape shape = shape_of(w, n, k, false);
+    w.has_shape({-1, shape.size()}).contiguous();
+    const int64_t groups = w.shape(0), item = shape.bf16 ? 2 : 4;
     x.is(Type::f32).has_shape({-1, groups, k}).contiguous(2);
     out.is(Type::f32).has_shape({x.shape(0), groups, n}).contiguous(2);
-    LinearArgs a{x.floats(), x.stride(0), x.shape(0), k, n, w.as<void>(), w.type() == Type::bf16,
-                 nullptr, out.floats(), out.stride(0)};
-    a.parts = groups, a.x_part = x.stride(1), a.out_part = out.stride(1);
-    launch("linear", a.parts * (a.n + 15) / 16 * 16 * a.k * (a.w_bf16 ? 2 : 4), [a] { kernels().linear(a); });
+    LinearArgs a{n, k, shape.bf16};
+    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
+    std::vector<LinearPart> parts;
+    for (int64_t g = 0; g < groups; g++)
+        parts.push_back({x.floats() + g * x.stride(1), x.shape(0),
+                         w.as<char>() + g * shape.size() * item, nullptr, nullptr,
+                         out.floats() + g * out.stride(1)});
+    launch("linear_grouped", groups * shape.size() * item,
+           [a, parts] { kernels().linear(a, parts.data(), int64_t(parts.size())); });
 }
 
-void pack_(nb::handle w_, nb::handle out_) {
-    Tensor w("weight", w_), out("out", out_);
-    w.has_dims(2).contiguous(1);
+// Row r goes through the weight e with offsets[e] <= r < offsets[e + 1].
+void linear_experts(nb::handle x_, const TensorList& weights, int64_t n, int64_t k,
+                    nb::handle kind_, nb::handle offsets_, nb::handle out_) {
+    LinearArgs a{n, k, weights.type() == Type::bf16};
+    if (!kind_.is_none()) a.gate = gate_of(nb::cast<std::string>(kind_));
+    const bool gated = a.gate != Gate::none;
+    const PackedShape shape{n, k, a.w_bf16, gated};
+    if (n < 0 || k < 0 || (gated && n % 2) || weights.shape() != std::vector{shape.size()} ||
+        (weights.type() != Type::f32 && weights.type() != Type::bf16))
+        fail("the experts' weights are not float32 or bfloat16 [" + text(n) + ", " + text(k) + "]");
+    const ExpertRows rows(x_, weights, k, offsets_, gated ? n / 2 : n, out_);
+    a.x_stride = rows.x_stride, a.out_stride = rows.out_stride;
+    launch("linear_experts", rows.most_weights() * shape.size() * (a.w_bf16 ? 2 : 4), [a, rows] {
+        const std::vector<LinearPart> parts = rows.parts();
+        kernels().linear(a, parts.data(), int64_t(parts.size()));
+    });
+}
+
+void pack_(nb::handle rows_, int64_t first, int64_t n, bool gated, nb::handle out_) {
+    Tensor rows("weight", rows_), out("out", out_);
+    rows.has_dims(2).contiguous(1);
     Element element;
-    switch (w.type()) {
+    switch (rows.type()) {
         case Type::f32: element = Element::f32; break;
         case Type::bf16: element = Element::bf16; break;
         case Type::f16: element = Element::f16; break;
-        default: w.fail_type(std::string("is ") + type_name(w.type()) + ", not a float type");
+        default: rows.fail_type(std::string("is ") + type_name(rows.type()) + ", not a float type");
     }
-    out.is(element == Element::bf16 ? Type::bf16 : Type::f32)
-        .has_shape({(w.shape(0) + 15) / 16, w.shape(1), 16})
-        .contiguous();
+    const int64_t count = rows.shape(0);
+    if (first < 0 || first + count > n)
+        fail("rows " + text(first) + " to " + text(first + count) + " are not among " + text(n));
+    out.is(element == Element::bf16 ? Type::bf16 : Type::f32);
+    const PackedShape shape = shape_of(out, n, rows.shape(1), gated);
+    out.has_shape({shape.size()}).contiguous();
     nb::gil_scoped_release release;
-    pack(w.as<void>(), element, w.stride(0), w.shape(0), w.shape(1), out.as<void>());
+    pack(rows.as<void>(), element, rows.stride(0), first, count, shape, out.as<void>());
 }
 
-void unpack_(nb::handle w_, int64_t n, nb::handle out_) {
-    const Packed w = packed(w_, n);
+void unpack_(nb::handle w_, int64_t n, int64_t k, bool gated, nb::handle out_) {
+    const Packed w = packed(w_, n, k, gated);
     Tensor out("out", out_);
-    out.is(w.bf16 ? Type::bf16 : Type::f32).has_shape({n, w.k}).contiguous();
+    out.is(w.shape.bf16 ? Type::bf16 : Type::f32).has_shape({n, k}).contiguous();
     nb::gil_scoped_release release;
-    unpack(w.data, w.bf16, n, w.k, out.as<void>());
+    unpack(w.data, w.shape, out.as<void>());
 }
 
-void embed_(nb::handle ids_, nb::handle w_, int64_t n, nb::handle out_) {
-    const Packed w = packed(w_, n);
+void embed_(nb::handle ids_, nb::handle w_, int64_t n, int64_t k, nb::handle out_) {
+    const Packed w = packed(w_, n, k);
     Tensor ids("ids", ids_), out("out", out_);
     ids.is(Type::i64).has_dims(1).contiguous();
-    out.is(Type::f32).has_shape({ids.shape(0), w.k}).contiguous();
-    const int64_t* id = ids.as<int64_t>();
-    launch("embed", 0, [=, rows = ids.shape(0), to = out.floats()] {
+    out.is(Type::f32).has_shape({ids.shape(0), k}).contiguous();
+    const int64_t rows = ids.shape(0), *id = ids.as<int64_t>();
+    float* to = out.floats();
+    launch("embed", rows * k * 4, [w, rows, id, n, to] {
         for (int64_t i = 0; i < rows; i++)
             if (id[i] < 0 || id[i] >= n)
                 throw std::out_of_range("ids[" + text(i) + "] is " + text(id[i]) +
                                         ", but the table has " + text(n) + " rows");
-        embed(id, rows, w.data, w.bf16, w.k, to);
+        embed(id, rows, w.data, w.shape, to);
     });
 }
 
@@ -88,11 +151,16 @@ void embed_(nb::handle ids_, nb::handle w_, int64_t n, nb::handle out_) {
 
 void bind_linear(nb::module_& m) {
     using namespace nanobind::literals;
-    m.def("linear", &linear, "x"_a, "w"_a, "n"_a, "bias"_a.none(), "out"_a);
-    m.def("linear_grouped", &linear_grouped, "x"_a, "w"_a, "n"_a, "out"_a);
-    m.def("pack", &pack_, "weight"_a, "out"_a);
-    m.def("unpack", &unpack_, "w"_a, "n"_a, "out"_a);
-    m.def("embed", &embed_, "ids"_a, "w"_a, "n"_a, "out"_a);
+    nb::class_<TensorList>(m, "TensorList").def(nb::init<nb::list>(), "tensors"_a);
+    m.def("linear", &linear, "x"_a, "w"_a, "n"_a, "k"_a, "bias"_a.none(), "add"_a.none(), "out"_a);
+    m.def("linear_gated", &linear_gated, "x"_a, "w"_a, "n"_a, "k"_a, "bias"_a.none(), "kind"_a,
+          "out"_a);
+    m.def("linear_grouped", &linear_grouped, "x"_a, "w"_a, "n"_a, "k"_a, "out"_a);
+    m.def("linear_experts", &linear_experts, "x"_a, "weights"_a, "n"_a, "k"_a, "kind"_a.none(),
+          "offsets"_a, "out"_a);
+    m.def("pack", &pack_, "rows"_a, "first"_a, "n"_a, "gated"_a, "out"_a);
+    m.def("unpack", &unpack_, "w"_a, "n"_a, "k"_a, "gated"_a, "out"_a);
+    m.def("embed", &embed_, "ids"_a, "w"_a, "n"_a, "k"_a, "out"_a);
 }
 
 }  // namespace hasten

@@ -31,11 +31,40 @@ double bandwidth(int64_t bytes, int repeats) {
 NB_MODULE(_native, m) {
     using namespace nanobind::literals;
     namespace h = hasten;
+    namespace nb = nanobind;
+    nb::set_leak_warnings(false);  // models may live until the process ends
 
     h::bind_linear(m);
+    h::bind_linear_blocks(m);
+    h::bind_linear_quantized(m);
     h::bind_rows(m);
+    h::bind_rtn(m);
     h::bind_pages(m);
     m.def("vector_math", &h::vector_math, "x"_a, "tanh"_a, "out"_a);
+
+    nb::class_<h::Tape>(m, "Tape")
+        .def(nb::init<>())
+        .def("__len__", [](const h::Tape& tape) { return tape.operations.size(); })
+        .def("record", [](h::Tape& tape) {
+            if (h::recording()) h::fail("this thread is recording already");
+            if (!tape.operations.empty()) h::fail("the tape is full: record on a new one");
+            h::recording() = &tape;
+        })
+        .def("stop", [](h::Tape& tape) {
+            if (h::recording() == &tape) h::recording() = nullptr;
+        })
+        .def("replay", [](const h::Tape& tape) {
+            if (h::recording()) h::fail("a tape cannot be replayed while one is recorded");
+            nb::gil_scoped_release release;
+            tape.replay();
+        });
+    m.def("set_profiling", &h::set_profiling, "on"_a);
+    m.def("take_profile", [] {
+        nb::dict result;
+        for (const auto& [name, spent] : h::take_profile())
+            result[name.c_str()] = nb::make_tuple(spent.calls, spent.seconds, spent.bytes);
+        return result;
+    });
 
     m.def("set_num_threads", [](int n) {
         if (n < 1) h::fail("the number of threads must be positive");

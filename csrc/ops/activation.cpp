@@ -1,18 +1,9 @@
 // Elementwise functions of the feed-forward layers and of the final logits.
-#include "ops.h"
+#include "gate.h"
 
 namespace hasten {
 namespace HASTEN_LEVEL {
 namespace {
-
-HASTEN_INLINE F16 silu(F16 x) { return x / (splat(1.0f) + exp(zero() - x)); }
-
-// the tanh form of GELU
-HASTEN_INLINE F16 gelu_tanh(F16 x) {
-    F16 cubic = fma(x * x * splat(0.044715f), x, x);
-    F16 t = tanh(cubic * splat(0.797884561f));  // sqrt(2 / pi)
-    return splat(0.5f) * x * (splat(1.0f) + t);
-}
 
 constexpr int64_t BLOCK = 1024;  // elements of an item
 
@@ -30,7 +21,7 @@ void gated(const GatedArgs& a) {
             for (int64_t i = from; i < to; i += LANES) {
                 const int n = to - i < LANES ? int(to - i) : LANES;
                 const F16 g = load_first(gate + i, n);
-                const F16 y = (a.gelu ? gelu_tanh(g) : silu(g)) * load_first(up + i, n);
+                const F16 y = gated(a.gate, g, load_first(up + i, n));
                 store_first(out + i, y, n);
             }
         }

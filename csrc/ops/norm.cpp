@@ -1,4 +1,4 @@
-// y = x / sqrt(mean(x^2) + eps) * weight. The sum of squares has 64 lanes (lane j takes the
+// y = x / sqrt(mean(x^2) + eps) * weight (+ add). The sum of squares has 64 lanes (lane j takes the
 // elements j, j + 64, ...), which are then added by a fixed tree.
 #include "ops.h"
 
@@ -6,7 +6,9 @@ namespace hasten {
 namespace HASTEN_LEVEL {
 namespace {
 
-void row_norm(const float* x, const float* weight, float eps, int64_t size, float* out) {
+// add: null, or what is added to the result
+void row_norm(const float* x, const float* weight, float eps, int64_t size, const float* add,
+              float* out) {
     F16 total[4] = {zero(), zero(), zero(), zero()};
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES)
@@ -20,11 +22,11 @@ void row_norm(const float* x, const float* weight, float eps, int64_t size, floa
     }
     const float squares = sum((total[0] + total[1]) + (total[2] + total[3]));
     const F16 factor = splat(1.0f / __builtin_sqrtf(squares / float(size) + eps));
-    for (i = 0; i + LANES <= size; i += LANES)
-        store(out + i, load(x + i) * factor * load(weight + i));
-    if (i < size) {
-        const int n = int(size - i);
-        store_first(out + i, load_first(x + i, n) * factor * load_first(weight + i, n), n);
+    for (i = 0; i < size; i += LANES) {
+        const int n = size - i < LANES ? int(size - i) : LANES;
+        F16 y = load_first(x + i, n) * factor * load_first(weight + i, n);
+        if (add) y = y + load_first(add + i, n);
+        store_first(out + i, y, n);
     }
 }
 
@@ -51,7 +53,8 @@ void rms_norm(const NormArgs& a) {
                 row_add(x, a.residual + i * a.residual_outer + j * a.residual_inner, a.size, total);
                 x = total;
             }
-            row_norm(x, a.weight, a.eps, a.size, a.out + row * a.size);
+            const float* add = a.add ? a.add + i * a.add_outer + j * a.add_inner : nullptr;
+            row_norm(x, a.weight, a.eps, a.size, add, a.out + i * a.out_outer + j * a.out_inner);
         }
     });
 }

@@ -2,22 +2,134 @@
 
 from torch import Tensor
 
-def linear(x: Tensor, w: Tensor, n: int, bias: Tensor | None, out: Tensor) -> None: ...
-def linear_grouped(x: Tensor, w: Tensor, n: int, out: Tensor) -> None: ...
-def pack(weight: Tensor, out: Tensor) -> None: ...
-def unpack(w: Tensor, n: int, out: Tensor) -> None: ...
-def embed(ids: Tensor, w: Tensor, n: int, out: Tensor) -> None: ...
+class TensorList:
+    """Tensors of one shape and type, kept alive."""
+
+    def __init__(self, tensors: list[Tensor]) -> None: ...
+
+def linear(
+    x: Tensor, w: Tensor, n: int, k: int, bias: Tensor | None, add: Tensor | None, out: Tensor
+) -> None: ...
+def linear_gated(
+    x: Tensor, w: Tensor, n: int, k: int, bias: Tensor | None, kind: str, out: Tensor
+) -> None: ...
+def linear_grouped(x: Tensor, w: Tensor, n: int, k: int, out: Tensor) -> None: ...
+def linear_experts(
+    x: Tensor,
+    weights: TensorList,
+    n: int,
+    k: int,
+    kind: str | None,
+    offsets: Tensor,
+    out: Tensor,
+) -> None: ...
+def pack(rows: Tensor, first: int, n: int, gated: bool, out: Tensor) -> None: ...
+def unpack(w: Tensor, n: int, k: int, gated: bool, out: Tensor) -> None: ...
+def embed(ids: Tensor, w: Tensor, n: int, k: int, out: Tensor) -> None: ...
+def linear_blocks(
+    x: Tensor,
+    w: Tensor,
+    kind: str,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def linear_blocks_gated(
+    x: Tensor, w: Tensor, kind: str, n: int, k: int, bias: Tensor | None, gate: str, out: Tensor
+) -> None: ...
+def linear_blocks_experts(
+    x: Tensor,
+    weights: TensorList,
+    kind: str,
+    n: int,
+    k: int,
+    gate: str | None,
+    offsets: Tensor,
+    out: Tensor,
+) -> None: ...
+def put_blocks(
+    rows: Tensor, kind: str, n: int, k: int, gated: bool, first: int, w: Tensor
+) -> None: ...
+def embed_blocks(
+    ids: Tensor, w: Tensor, kind: str, n: int, k: int, gated: bool, out: Tensor
+) -> None: ...
+def linear_quantized(
+    x: Tensor,
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    bias: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def linear_quantized_gated(
+    x: Tensor,
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    bias: Tensor | None,
+    kind: str,
+    out: Tensor,
+) -> None: ...
+def linear_quantized_experts(
+    x: Tensor,
+    weights: TensorList,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    kind: str | None,
+    offsets: Tensor,
+    out: Tensor,
+) -> None: ...
+def put_int8(
+    w: Tensor, n: int, k: int, gated: bool, first: int, codes: Tensor, scale: Tensor
+) -> None: ...
+def put_int4(
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    gated: bool,
+    first: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+) -> None: ...
+def unpack_quantized(
+    w: Tensor, n: int, k: int, group: int, asymmetric: bool, gated: bool, out: Tensor
+) -> None: ...
+def embed_quantized(
+    ids: Tensor, w: Tensor, n: int, k: int, group: int, asymmetric: bool, out: Tensor
+) -> None: ...
+def group_rows(
+    ids: Tensor, experts: int, offsets: Tensor, order: Tensor, slots: Tensor
+) -> None: ...
+def gather(x: Tensor, index: Tensor, out: Tensor) -> None: ...
+def combine(y: Tensor, slots: Tensor, shares: Tensor, add: Tensor | None, out: Tensor) -> None: ...
 def rms_norm(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     eps: float,
+    add: Tensor | None,
     out: Tensor,
     sum: Tensor | None,
 ) -> None: ...
-def gated(x: Tensor, gelu: bool, out: Tensor) -> None: ...
+def add(x: Tensor, factor: float, y: Tensor | None, out: Tensor) -> None:
+    """``x * factor + y``"""
+
+def take_rows(x: Tensor, index: Tensor, out: Tensor) -> None: ...
+def gated(x: Tensor, kind: str, out: Tensor) -> None: ...
 def softcap(x: Tensor, cap: float, out: Tensor) -> None: ...
-def row_max_lse(logits: Tensor, argmax: Tensor, max: Tensor, lse: Tensor) -> None: ...
+def row_top(logits: Tensor, argmax: Tensor, max: Tensor, lse: Tensor, ids: Tensor) -> None: ...
+def sum_exp(logits: Tensor, shift: Tensor, temperature: float, out: Tensor) -> None: ...
 def route(
     router_logits: Tensor,
     k: int,
@@ -66,6 +178,21 @@ def move_slots(
 def vector_math(x: Tensor, tanh: bool, out: Tensor) -> None:
     """exp or tanh of the kernels, for tests."""
 
+class Tape:
+    """Operations of a forward pass, to be run again. It refers to arrays without owning them."""
+
+    def __len__(self) -> int: ...
+    def record(self) -> None:
+        """Keep what this thread runs from now on; ValueError if it records already."""
+
+    def stop(self) -> None: ...
+    def replay(self) -> None:
+        """Run all operations on what their arrays hold now."""
+
+def set_profiling(on: bool) -> None: ...
+def take_profile() -> dict[str, tuple[int, float, int]]:
+    """By operation: calls, seconds and bytes read, since the last call."""
+
 def set_num_threads(threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def set_isa(name: str) -> None:
@@ -78,3 +205,7 @@ def read_bandwidth(bytes: int = ..., repeats: int = ...) -> float:
 
     The best window of 64 MiB in ``repeats`` passes; the buffer should exceed every cache.
     """
+
+def rtn(
+    values: Tensor, group: int, clips: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None
+) -> None: ...

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
 from hasten.api.frontend import Frontend
 from hasten.api.run_items import ItemRunner
+from hasten.bench.peers.engines import PEERS, Setup
+from hasten.bench.peers.process import EngineProcess, PeerError
 from hasten.bench.workloads import Item
 from hasten.decoding.params import SamplingParams
 
@@ -91,65 +94,94 @@ def _note_times(run: Run, figures: Any) -> None:
         run.tpot.append((times[-1] - times[0]) / (len(times) - 1))
 
 
-class TransformersContestant:
-    """transformers' own ``generate``, eager, greedy, all prompts of a run as one padded batch.
+class PeerContestant:
+    """Another engine, in a process of its own that stays alive between runs.
 
-    It goes on past the end-of-sequence token; others do the same with ``ignore_eos``.
+    It takes the prompts in groups of ``batch`` that run to their end together, greedily and past
+    the end-of-sequence token; others do the same with ``ignore_eos``. Times are taken in the
+    engine's process; a prompt of a later group waits for the earlier ones.
     """
 
-    def __init__(self, folder: str, dtype: Any, tokenizer: Any) -> None:
-        import torch
-        import transformers
-
-        from hasten import _native
-
-        torch.set_num_threads(_native.get_num_threads())  # the same threads for everybody
-
-        transformers.utils.logging.disable_progress_bar()
-        self.name = f"transformers {transformers.__version__} (eager)"
+    def __init__(self, name: str, process: EngineProcess, tokenizer: Any, batch: int) -> None:
+        self.name = name
+        self._process = process
         self._tokenizer = tokenizer
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
-        ).eval()
-        self._model.generation_config.eos_token_id = None
+        self._batch = batch
 
     def run(self, items: Sequence[Item], params: SamplingParams) -> Run:
-        import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList
-
-        times: list[float] = []
-
-        class Clock(StoppingCriteria):
-            def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
-                times.append(time.perf_counter())
-                return torch.zeros(ids.shape[0], dtype=torch.bool)
-
-        prompts = [self._ids(item) for item in items]
         outputs = {item.params.get("max_tokens", params.max_tokens) for item in items}
         if len(outputs) != 1:
             raise ValueError("peers need the same max_tokens for every prompt of a run")
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        count = outputs.pop()
-        began = time.perf_counter()
-        with torch.inference_mode():
-            out = self._model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=count,
-                do_sample=False,
-                stopping_criteria=StoppingCriteriaList([Clock()]),
-            )
-        seconds = time.perf_counter() - began
-        tokens = {i.id: row[longest:].tolist() for i, row in zip(items, out, strict=True)}
-        tpot = (times[-1] - times[0]) / max(len(times) - 1, 1)
-        return Run(seconds, tokens, [times[0] - began] * len(items), [tpot] * len(items))
+        (new,) = outputs
+        run = Run(0.0, {})
+        for start in range(0, len(items), self._batch):
+            group = items[start : start + self._batch]
+            prompts = [prompt_ids(item, self._tokenizer) for item in group]
+            answer = self._process.ask(do="generate", prompts=prompts, new=new)
+            times = answer["times"]
+            run.tokens |= {item.id: ids for item, ids in zip(group, answer["tokens"], strict=True)}
+            run.ttft += [run.seconds + times[0]] * len(group)
+            if new > 1:
+                run.tpot += [(times[-1] - times[0]) / (new - 1)] * len(group)
+            run.seconds += times[-1]
+        return run
 
-    def _ids(self, item: Item) -> list[int]:
-        if isinstance(item.prompt, str):
-            ids: list[int] = self._tokenizer.encode(item.prompt)
-            return ids
-        if item.prompt is None:
-            raise ValueError("peers run single prompts, not conversations")
-        return list(item.prompt)
+    def close(self) -> None:
+        self._process.close()
+
+
+def prompt_ids(item: Item, tokenizer: Any) -> list[int]:
+    """Token ids of a single prompt. Raises ``ValueError`` for a conversation."""
+    if item.prompt is None:
+        raise ValueError("peers run single prompts, not conversations")
+    return list(tokenizer.encode(item.prompt) if isinstance(item.prompt, str) else item.prompt)
+
+
+@contextmanager
+def peer_contestants(
+    front: Frontend,
+    items: Sequence[Item],
+    max_tokens: int,
+    batch: int,
+    setup: Setup,
+    convert: bool = False,
+) -> Iterator[tuple[list[PeerContestant], list[str]]]:
+    """All engines that can run a model with the weights that its stack asks for.
+
+    Yields:
+        The contestants, and for each engine that cannot take part a line that says why.
+    """
+    from hasten import _native
+
+    length = max(len(prompt_ids(item, front.tokenizer)) for item in items) + max_tokens
+    weights = weights_name(front)
+    contestants: list[PeerContestant] = []
+    absent: list[str] = []
+    try:
+        for peer in PEERS:
+            try:
+                process, name = setup.start(
+                    peer,
+                    front.folder,
+                    weights,
+                    threads=_native.get_num_threads(),  # the same threads for everybody
+                    length=length,
+                    sequences=batch,
+                    convert=convert,
+                )
+            except PeerError as error:
+                absent.append(str(error))
+            else:
+                contestants.append(PeerContestant(name, process, front.tokenizer, batch))
+        yield contestants, absent
+    finally:
+        for contestant in contestants:
+            contestant.close()
+
+
+def weights_name(front: Frontend) -> str:
+    """The weights of a stack in the words of ``Peer.forms``."""
+    weights = front.stack["weights"]
+    if weights.card.name == "checkpoint":
+        return str(front.engine.model.config.dtype).removeprefix("torch.")
+    return str(weights.card.name)

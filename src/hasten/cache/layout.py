@@ -126,9 +126,13 @@ def uniform_layout(
     return KVLayout(num_kv_heads, head_dim, head_dim, groups, dtype)
 
 
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take no memory until they are written: a large pool then starts at once and
-    costs what is used of it. (``torch.zeros`` writes every byte.)"""
+def _untouched_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros that on the CPU take no memory until they are written: a large pool then starts at
+    once and costs what is used of it. (``torch.zeros`` writes every byte.)"""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     count = math.prod(shape) * dtype.itemsize
     memory = np.zeros(count + LINE, np.uint8)
     start = -memory.ctypes.data % LINE  # vector loads then never straddle two cache lines
@@ -144,7 +148,12 @@ class KVStorage:
     group of one layer.
     """
 
-    def __init__(self, layout: KVLayout, num_pages: Sequence[int]) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_pages: Sequence[int],
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ) -> None:
         self.layout = layout
         self.num_pages = list(num_pages)
         self.k: list[torch.Tensor] = []
@@ -153,8 +162,8 @@ class KVStorage:
         for index, (group, pages) in enumerate(zip(layout.groups, num_pages, strict=True)):
             heads = layout.num_kv_heads // group.head_groups
             lead = (len(group.layers), pages, heads)
-            k = _untouched_zeros((*lead, layout.key_rows, PAGE_SIZE), layout.dtype)
-            v = _untouched_zeros((*lead, PAGE_SIZE, layout.stored_value_dim), layout.dtype)
+            k = _untouched_zeros((*lead, layout.key_rows, PAGE_SIZE), layout.dtype, device)
+            v = _untouched_zeros((*lead, PAGE_SIZE, layout.stored_value_dim), layout.dtype, device)
             self.k.append(k)
             self.v.append(v)
             for i, layer in enumerate(group.layers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 
 def compare(
@@ -22,6 +24,7 @@ def compare(
     ] = "code",
     limit: Annotated[int, typer.Option(min=1, help="Prompts of the workload to use.")] = 16,
     model: o.Model = "reference",
+    weights: o.WeightsText = None,
     max_tokens: o.MaxTokens = 64,
     batch: o.Batch = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; one more warms up.")] = 5,
@@ -29,9 +32,11 @@ def compare(
         bool,
         typer.Option(
             "--peers",
-            help="Also measure transformers (eager); every output then has --max-tokens tokens.",
+            help="Also measure other engines on the same weights: transformers, and those below "
+            "$HASTEN_PEERS. Every output then has --max-tokens tokens.",
         ),
     ] = False,
+    convert: o.Convert = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for Markdown, JSON and PNG.")
     ] = None,
@@ -48,6 +53,7 @@ def compare(
     Example: hasten compare plain draft=prompt-lookup select=sink-window -w code
     """
     with o.one_line_errors():
+        stacks = [text for given in stacks if (text := with_weights(given, weights)) is not None]
         from hasten.bench import workloads
 
         if workload in workloads.WORKLOADS:
@@ -63,18 +69,16 @@ def compare(
         o.set_threads(threads)
         from hasten.api.frontend import Frontend
         from hasten.bench import comparison, report
-        from hasten.bench.contestants import (
-            Contestant,
-            HastenContestant,
-            TransformersContestant,
-        )
+        from hasten.bench.contestants import Contestant, HastenContestant, peer_contestants
+        from hasten.bench.peers.engines import Setup
         from hasten.stack import Stack
 
         chosen = [str(Stack.parse(text)) for text in stacks]
         for name in chosen:
             if chosen.count(name) > 1:
                 o.fail(f"the stack '{name}' is given twice; each is measured once per round")
-        # transformers runs a padded batch to its full length, so then everybody does
+        setup = Setup.find() if peers else None
+        # other engines run a batch to its full length, so then everybody does
         params = o.sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=peers)
         contestants: list[Contestant] = []
         fronts: list[Frontend] = []
@@ -89,18 +93,18 @@ def compare(
             )
             fronts.append(front)
             contestants.append(HastenContestant(str(front.stack), front))
-        if peers:
-            first = contestants[0]
-            assert isinstance(first, HastenContestant)
-            dtype = first.front.engine.model.config.dtype
-            contestants.append(
-                TransformersContestant(str(first.front.folder), dtype, first.front.tokenizer)
-            )
-        with o.line_of_rounds(rounds) as show:
-            rows = comparison.compare(contestants, items, params, rounds, show)
+        absent: list[str] = []
+        with ExitStack() as open_peers:
+            if setup is not None:
+                running, absent = open_peers.enter_context(
+                    peer_contestants(fronts[0], items, max_tokens, batch, setup, convert)
+                )
+                contestants += running
+            with o.line_of_rounds(rounds) as show:
+                rows = comparison.compare(contestants, items, params, rounds, show)
         shape = f"{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens, greedy"
-        if peers:
-            shape += "; transformers takes all prompts as one padded batch, whatever the batch here"
+        if setup is not None:
+            shape += report.beside_peers(absent)
         if as_json:
             print(json.dumps({"shape": shape} | report.as_json(rows, report.conditions())))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hasten.cli import bench, chat, compare, generate, methods, run, serve, train, widen
+from hasten.cli import bench, chat, compare, compress, generate, methods, run, serve, train, widen
 
 app = typer.Typer(
     name="hasten",
@@ -23,6 +23,7 @@ app.command("methods")(methods.methods)
 app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
+app.add_typer(compress.app, name="compress")
 app.command("widen")(widen.widen)
 
 

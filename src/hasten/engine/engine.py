@@ -25,9 +25,10 @@ from hasten.decoding.sampling import NoTokenLeft, Sampler, top_logprobs
 from hasten.decoding.text import TextStream
 from hasten.engine.batch import Batch, Segment
 from hasten.engine.clock import Clock, WallClock
+from hasten.engine.cuda_graph import DeviceRunner
 from hasten.engine.executor import Executor, InlineExecutor, Moves, Output, Runner
+from hasten.engine.profile import Profile
 from hasten.engine.request import Delta, Figures, FinishReason, Logprobs, Request, Sequence
-from hasten.kernels.logits import row_max_lse
 from hasten.models.base import Decoder
 from hasten.scheduling.base import Plan
 from hasten.speculation.base import Load
@@ -81,6 +82,8 @@ class EngineStats:
     """Counters since start."""
 
     steps: int = 0
+    recorded_steps: int = 0
+    """Steps whose forward pass was one native call."""
     rows: int = 0
     tokens: int = 0
     passes: int = 0
@@ -134,16 +137,29 @@ class Engine:
             )
         self.max_length = min(longest, blocks * PAGE_SIZE)
         self.cache = CacheManager(layout, blocks, self.config.max_sequences, self.max_length + 1)
-        storage = KVStorage(layout, [p.num_pages for p in self.cache.pools])
-        self.executor: Executor = InlineExecutor(Runner(model, storage))
+        storage = KVStorage(layout, [p.num_pages for p in self.cache.pools], model.device)
+        self.runner = (
+            Runner(model, storage)
+            if model.device.type == "cpu"
+            else DeviceRunner(model, storage, self.max_length + 1)
+        )
+        self.executor: Executor = InlineExecutor(self.runner)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}
         self.stats = EngineStats()
+        self.profile: Profile | None = None
+        """Set it to have the native operations of each step counted (``profiling``)."""
         self._arrivals = 0
         self._drafting = "proposes-tokens" in stack["draft"].card.does
         # only what changes stored values or who may read them belongs into a prefix key
         self._cache_identity = str(stack.baseline())
+
+    @property
+    def unrecorded(self) -> str | None:
+        """Why forward passes of few rows are not recorded, or None if they are."""
+        recorder = self.runner.recorder
+        return recorder.refused if recorder else "they run on a device"
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -274,6 +290,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one batch and return what it added. An idle engine returns an empty list."""
         began = self.clock.now()
+        profiled = self.profile.begin_step() if self.profile is not None else 0.0
         plan = self._plan()
         if not plan.grants:
             if not self.running:
@@ -289,11 +306,22 @@ class Engine:
             return self._fail(plan, error)
         self.stats.steps += 1
         self.stats.rows += batch.num_rows
+        self.stats.recorded_steps += output.recorded
         self.stats.forward_seconds += output.seconds
-        if plan.rows == len(plan.grants):
+        decode, kv_bytes = plan.rows == len(plan.grants), 0
+        if decode:
+            kv_bytes = self._kv_bytes(batch.base[batch.segment_rows[1:] - 1])
             self.stats.decode_steps += 1
             self.stats.decode_seconds += output.seconds
-            self.stats.decode_kv_bytes += self._kv_bytes(batch.base[batch.segment_rows[1:] - 1])
+            self.stats.decode_kv_bytes += kv_bytes
+        if self.profile is not None:
+            self.profile.end_step(
+                profiled,
+                decode=decode,
+                recorded=output.recorded,
+                rows=batch.num_rows,
+                kv_bytes=kv_bytes,
+            )
         self.stats.step_seconds += self.clock.now() - began
         if not self.running or self.stats.steps % HEAL_EVERY == 0:
             self._heal()
@@ -380,9 +408,9 @@ class Engine:
     def _verify_and_commit(
         self, plan: Plan, trees: dict[int, TokenTree], batch: Batch, output: Output
     ) -> list[Delta]:
-        best, _, lse = row_max_lse(output.logits)
-        finite = bool(np.isfinite(lse.numpy()).all())
-        rows = _Rows(output.logits.numpy(), best.tolist(), lse.numpy(), finite)
+        lse = output.lse.numpy()
+        finite = bool(np.isfinite(lse).all())
+        rows = _Rows(output.logits.numpy(), output.best.tolist(), lse, finite)
         ends_at = batch.segment_wanted.tolist()
         embeddings = iter(output.embeddings.tolist())
         moves = Moves([], [], [])

@@ -21,10 +21,12 @@ from torch import Tensor
 from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
-from hasten.kernels.linear import PackedWeight
+from hasten.kernels.linear import ExpertWeights, Weight
 from hasten.kernels.rms_norm import rms_norm
+from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
 from hasten.models.layers import Linear, Rope, RopeFacts, rope_facts, vector
+from hasten.weights.base import Matrix, WeightFormat
 
 # Larger sizes than any model has; a bound on what a hostile config.json can make us allocate.
 MAX_LAYERS = 4096
@@ -135,9 +137,15 @@ def layer_windows(facts: Facts, windowed: Callable[[int], bool]) -> tuple[int | 
 
 
 class Weights(Protocol):
-    """Where a model's tensors come from: a checkpoint, or generated ones."""
+    """Where a model's tensors come from: a checkpoint, or generated ones.
+
+    Attributes:
+        dtype: in which matrices are read.
+        format: in which they are held; architectures leave it to `Linear.load`.
+    """
 
     dtype: torch.dtype
+    format: WeightFormat
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that name as stored; its shape is checked before it is read."""
@@ -145,6 +153,10 @@ class Weights(Protocol):
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
         """The same for a matrix, in parts of some rows [any, shape[1]] one after the other. The
         shape is checked by the call, not with the first part."""
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        """The matrix packed from the form in which it is stored, if kernels compute on that form
+        and it is another one than numbers; else None, and ``rows`` has it."""
 
 
 class KV(Protocol):
@@ -181,22 +193,28 @@ class Hidden:
     captured: dict[int, Tensor] = field(default_factory=dict)
 
 
-def _collect(part: Any, found: dict[int, PackedWeight]) -> None:
-    """All packed weights that an object holds, directly or in its parts."""
-    if isinstance(part, PackedWeight):
+def _collect(part: Any, kind: Any, found: dict[int, Any]) -> None:
+    """All objects of a kind that an object holds, directly or in its parts."""
+    if isinstance(part, kind):
         found[id(part)] = part
+    elif isinstance(part, ExpertWeights):
+        _collect(part.weights, kind, found)
     elif isinstance(part, list | tuple):
         for inner in part:
-            _collect(inner, found)
+            _collect(inner, kind, found)
     elif type(part).__module__.startswith("hasten.models") and hasattr(part, "__dict__"):
         for inner in vars(part).values():
-            _collect(inner, found)
+            _collect(inner, kind, found)
 
 
 class Decoder(ABC):
     """A decoder-only language model. Holds weights only, so one instance serves any runner."""
 
     config: ModelConfig
+    device: torch.device = torch.device("cpu")
+    """Where the weights are; `hasten.models.device.place` brings them elsewhere."""
+    embedding: Weight
+    """Of the tokens, [V, H]."""
     norm: Tensor
     """Weight of the last norm, float32 [H]."""
     sampling_defaults: dict[str, Any]
@@ -208,17 +226,25 @@ class Decoder(ABC):
 
         For a mixture of experts this counts every expert, as a full batch reads them.
         """
-        found: dict[int, PackedWeight] = {}
-        _collect(self, found)
-        unread = 0 if self.config.tied else self.config.vocab_size * self.config.hidden_size
-        return sum(w.nbytes for w in found.values()) - unread * self.config.dtype.itemsize
+        found: dict[int, Weight] = {}
+        _collect(self, Weight, found)
+        if not self.config.tied:
+            del found[id(self.embedding)]
+        return sum(w.nbytes for w in found.values())
 
     @cached_property
     def parameters(self) -> int:
         """Numbers in the matrices; norms and biases add less than a thousandth."""
-        found: dict[int, PackedWeight] = {}
-        _collect(self, found)
+        found: dict[int, Weight] = {}
+        _collect(self, Weight, found)
         return sum(w.size for w in found.values())
+
+    @cached_property
+    def ropes(self) -> list[Rope]:
+        """The rotations of its layers."""
+        found: dict[int, Rope] = {}
+        _collect(self, Rope, found)
+        return list(found.values())
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
@@ -267,13 +293,13 @@ class Decoder(ABC):
         """Logits float32 [n, V] of the wanted rows, in their order."""
         if len(wanted) == len(hidden.rows):
             return self.head(hidden.rows)  # wanted is ascending and unique: all rows
-        return self.head(hidden.rows[torch.from_numpy(wanted)])
+        return self.head(take_rows(hidden.rows, torch.from_numpy(wanted)))
 
     def embeddings(self, hidden: Hidden, rows: NDArray[Any]) -> Tensor:
         """Normed last hidden states float32 [n, H] of some rows: embeddings, not normalised."""
         if not len(rows):
             return hidden.rows[:0]
-        return self.final_norm(hidden.rows[torch.from_numpy(rows)])
+        return self.final_norm(take_rows(hidden.rows, torch.from_numpy(rows)))
 
 
 class StackedDecoder(Decoder):
@@ -287,7 +313,9 @@ class StackedDecoder(Decoder):
         self.config = config
         rope = Rope(config.rope)
         tokens = {"model.embed_tokens": config.vocab_size}
-        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
+        self.embedding = Linear.load(
+            weights, tokens, config.hidden_size, role="head" if config.tied else "embedding"
+        ).weight
         self.layers = [
             self.layer_class(config, weights, index, rope) for index in range(config.num_layers)
         ]
@@ -295,7 +323,9 @@ class StackedDecoder(Decoder):
         self.output = (
             Linear(self.embedding)
             if config.tied
-            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
+            else Linear.load(
+                weights, {"lm_head": config.vocab_size}, config.hidden_size, role="head"
+            )
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

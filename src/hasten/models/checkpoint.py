@@ -13,9 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hasten.kernels.linear import Weight
 from hasten.models.facts import CheckpointError, read_json
+from hasten.weights.base import Matrix, WeightFormat
+from hasten.weights.checkpoint import Checkpoint
 
-REOPEN_BYTES = 512 << 20  # read so much through one memory map, then let its pages go
+REOPEN_BYTES = 32 << 20  # read so much through one memory map, then let its pages go
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -27,13 +30,16 @@ class SafetensorsWeights:
     replaced after ``REOPEN_BYTES``: pages of tensors that the caller has dropped are released.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype | None, format: WeightFormat | None = None
+    ) -> None:
         self.folder = folder
         self._files = _tensor_files(folder)
         self._open: dict[str, Any] = {}
         self._mapped: dict[str, int] = {}
         self.unread = set(self._files)
         self.dtype = dtype or self._stored_dtype()
+        self.format = format or Checkpoint()
 
     def _stored_dtype(self) -> torch.dtype:
         """The type of the first matrix; float16 widens to float32, which holds it exactly."""
@@ -56,6 +62,11 @@ class SafetensorsWeights:
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that name, in the type it is stored in."""
+        self.check(name, shape, _FLOATS)
+        return self.tensor(name)
+
+    def check(self, name: str, shape: tuple[int, ...], kinds: Iterable[str]) -> None:
+        """Raise a CheckpointError unless there is such a tensor, stored as one of ``kinds``."""
         if name not in self._files:
             raise CheckpointError(
                 f"tensor {name!r} is missing",
@@ -80,19 +91,44 @@ class SafetensorsWeights:
                 path,
                 "config.json does not belong to these weights; download both again.",
             )
-        if kind not in _FLOATS:
+        if kind not in (known := list(kinds)):
             raise CheckpointError(
-                f"tensor {name!r} has dtype {kind}; F32, BF16 and F16 can be loaded",
+                f"tensor {name!r} has dtype {kind}; {' and '.join(known)} can be loaded",
                 path,
                 "Use the original, unquantized checkpoint.",
             )
-        tensor: Tensor = handle.get_tensor(name)
         self.unread.discard(name)
-        self._account(name, tensor.nbytes)
-        return tensor
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of any type that `check` found."""
+        found: Tensor = self._handle(name).get_tensor(name)
+        self._account(name, found.nbytes)
+        return found
+
+    def kind(self, name: str) -> str:
+        """The type in which a tensor is stored, by its name in the file."""
+        return str(self._handle(name).get_slice(name).get_dtype())
 
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
-        return iter([self.get(name, shape)])  # lies in the mapped file
+        """Parts are views of the mapped file; one is to be dropped before the next is asked for."""
+        self.check(name, shape, _FLOATS)
+        return self.parts(name)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Some rows of a tensor of any type at a time."""
+        count = self._handle(name).get_slice(name).get_shape()[0]
+        start = 0
+        while start < count:
+            whole: Tensor = self._handle(name).get_tensor(name)
+            step = max(1, REOPEN_BYTES // max(1, whole[:1].nbytes))
+            part = whole[start : start + step]
+            del whole
+            self._account(name, part.nbytes)
+            start += len(part)
+            yield part
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        return None
 
     def _account(self, name: str, nbytes: int) -> None:
         file = self._files[name]

@@ -22,9 +22,10 @@ from hasten.cache.layout import KVLayout, LayerGroup
 from hasten.kernels.linear import linear_grouped, pack, pack_grouped
 from hasten.kernels.moe import route
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
+from hasten.kernels.rows import add, scale
 from hasten.models.base import KV, MAX_HEADS, ModelConfig, StackedDecoder, Weights, common_facts
 from hasten.models.facts import Facts
-from hasten.models.layers import GatedMLP, Linear, Rope, mix, vector
+from hasten.models.layers import GatedMLP, Linear, Mixture, Rope, vector
 
 LATENT_EPS = 1e-6  # of the norms inside of attention, whatever rms_norm_eps says
 
@@ -180,10 +181,10 @@ class LatentAttention:
             compressed = rms_norm(self.q_down(x), self.q_norm, LATENT_EPS)
         heads = self.q(compressed).view(rows, self.heads, self.q_size)  # rotated, then plain
         q = torch.empty((rows, self.heads, rope + self.rank))
-        q[..., :rope] = heads[..., :rope]
+        scale(heads[..., :rope], 1.0, q[..., :rope])
         linear_grouped(heads[..., rope:], self.to_latent, q[..., rope:])
         key = self.kv_down(x)  # [R, rotated + latent]
-        key[:, rope:] = rms_norm(key[:, rope:], self.kv_norm, LATENT_EPS)
+        rms_norm(key[:, rope:], self.kv_norm, LATENT_EPS, out=key[:, rope:])
         k = key[:, None]
         seen = kv.attend(self.layer, q, k, k[..., :0], self.rope, scale=self.scale)
         values = linear_grouped(seen.view(rows, self.heads, self.rank), self.from_latent)
@@ -199,23 +200,28 @@ class Experts:
 
     def __init__(self, config: Config, weights: Weights, at: str) -> None:
         self.config = config
-        self.router = Linear.load(weights, {f"{at}.gate": config.num_experts}, config.hidden_size)
-        self.experts = [
-            mlp(config, weights, f"{at}.experts.{expert}", config.expert_size)
-            for expert in range(config.num_experts)
-        ]
+        self.router = Linear.load(
+            weights, {f"{at}.gate": config.num_experts}, config.hidden_size, role="router"
+        )
+        self.experts = Mixture(
+            [
+                mlp(config, weights, f"{at}.experts.{expert}", config.expert_size)
+                for expert in range(config.num_experts)
+            ]
+        )
         self.shared: GatedMLP | None = None
         if config.shared_experts:
             size = config.expert_size * config.shared_experts
             self.shared = mlp(config, weights, f"{at}.shared_experts", size, config.mlp_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, stream: Tensor) -> Tensor:
+        """y [R, H], plus ``stream`` [R, H]."""
         config = self.config
         ids, shares = route(
             self.router(x), config.experts_per_token, False, config.groups, config.top_groups
         )
-        out = mix(x, ids, shares * config.routed_scale, self.experts)
-        return out if self.shared is None else out + self.shared(x)
+        shared = None if self.shared is None else self.shared(x)
+        return add(stream, self.experts(x, ids, scale(shares, config.routed_scale), shared))
 
 
 def mlp(config: Config, weights: Weights, at: str, size: int, bias: bool = False) -> GatedMLP:
@@ -248,7 +254,7 @@ class Layer:
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
-        return hidden + self.mlp(normed)
+        return self.mlp(normed, hidden)
 
 
 class Model(StackedDecoder):

@@ -14,6 +14,7 @@ from torch import Tensor
 from hasten.kernels.activation import softcap
 from hasten.kernels.embedding import embed
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
+from hasten.kernels.rows import scale
 from hasten.models.base import KV, Decoder, ModelConfig, Weights, common_facts, layer_windows
 from hasten.models.facts import Facts
 from hasten.models.layers import Attention, GatedMLP, Linear, Rope, vector
@@ -86,7 +87,7 @@ class Layer:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         attended = rms_norm(attended, self.attended_norm, self.eps)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
-        return hidden + rms_norm(self.mlp(normed), self.fed_norm, self.eps)
+        return rms_norm(self.mlp(normed), self.fed_norm, self.eps, add=hidden)
 
 
 class Model(Decoder):
@@ -95,7 +96,9 @@ class Model(Decoder):
         self.logit_cap = config.logit_cap
         rope = Rope(config.rope)
         tokens = {"model.embed_tokens": config.vocab_size}
-        self.embedding = Linear.load(weights, tokens, config.hidden_size).weight
+        self.embedding = Linear.load(
+            weights, tokens, config.hidden_size, role="head" if config.tied else "embedding"
+        ).weight
         # The checkpoints were trained with this factor rounded to the type of the embedding.
         self.embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=config.dtype))
         self.layers = [Layer(config, weights, i, rope) for i in range(config.num_layers)]
@@ -103,11 +106,13 @@ class Model(Decoder):
         self.output = (
             Linear(self.embedding)
             if config.tied
-            else Linear.load(weights, {"lm_head": config.vocab_size}, config.hidden_size)
+            else Linear.load(
+                weights, {"lm_head": config.vocab_size}, config.hidden_size, role="head"
+            )
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return embed(tokens, self.embedding) * self.embedding_scale
+        return scale(embed(tokens, self.embedding), self.embedding_scale)
 
     def layer(self, index: int, hidden: Tensor, kv: KV) -> Tensor:
         return self.layers[index](hidden, kv)

@@ -6,13 +6,16 @@ Images are not read: the tensors of the image tower stay on disk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from hasten.kernels.linear import Weight
 from hasten.models import gemma3_text
 from hasten.models.base import Weights
 from hasten.models.facts import Facts
+from hasten.weights.base import Matrix
 
 
 def configure(facts: Facts, dtype: torch.dtype) -> gemma3_text.Config:
@@ -35,6 +38,7 @@ class TextWeights:
 
     def __init__(self, weights: Weights) -> None:
         self.dtype = weights.dtype
+        self.format = weights.format
         self._weights = weights
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -42,3 +46,7 @@ class TextWeights:
 
     def rows(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
         return self._weights.rows(f"language_model.{name}", shape)
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        outputs = {f"language_model.{name}": rows for name, rows in wanted.outputs.items()}
+        return self._weights.stored(replace(wanted, outputs=outputs))

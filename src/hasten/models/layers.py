@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hasten.cache.layout import PAGE_SIZE
-from hasten.kernels.activation import gated
-from hasten.kernels.linear import PackedWeight, linear, pack_rows
-from hasten.kernels.moe import route
+from hasten.kernels.linear import (
+    Weight,
+    linear,
+    linear_experts,
+    linear_gated,
+    stack_experts,
+)
+from hasten.kernels.moe import combine, gather, group_rows, route
 from hasten.kernels.rms_norm import rms_norm
 from hasten.models.facts import CheckpointError, Facts
+from hasten.weights.base import Matrix, Role
 
 if TYPE_CHECKING:
     from hasten.models.base import KV, ModelConfig, Weights
@@ -40,25 +45,33 @@ class Linear:
     call of three; each output feature is still its own sum, so the bits do not change.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
 
     @classmethod
     def load(
-        cls, weights: Weights, outputs: dict[str, int], inputs: int, bias: bool = False
+        cls,
+        weights: Weights,
+        outputs: dict[str, int],
+        inputs: int,
+        bias: bool = False,
+        role: Role = "layer",
+        gated: bool = False,
     ) -> Linear:
-        """Stack the checkpoint's ``<name>.weight`` [rows, inputs], in the order of ``outputs``."""
-        # all shapes are checked before memory of the sizes that the config states is asked for
-        parts = [weights.rows(f"{name}.weight", (rows, inputs)) for name, rows in outputs.items()]
-        packed = pack_rows(chain(*parts), sum(outputs.values()), inputs, weights.dtype)
+        """Stack the checkpoint's ``<name>.weight`` [rows, inputs], in the order of ``outputs``.
+
+        With ``gated`` they are gate and up, for `linear_gated`.
+        """
+        packed = weights.format.matrix(weights, Matrix(outputs, inputs, role, gated))
         if not bias:
             return cls(packed)
         biases = [vector(weights, f"{name}.bias", rows) for name, rows in outputs.items()]
         return cls(packed, torch.cat(biases))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """y [R, N], plus ``add`` [R, N]."""
+        return linear(x, self.weight, self.bias, add=add)
 
 
 class GatedMLP:
@@ -82,12 +95,14 @@ class GatedMLP:
     ) -> None:
         hidden, ffn = config.hidden_size, ffn_size or config.ffn_size
         outputs = {gate: 2 * ffn} if up is None else {gate: ffn, up: ffn}
-        self.gate_up = Linear.load(weights, outputs, hidden, bias)
+        self.gate_up = Linear.load(weights, outputs, hidden, bias, gated=True)
         self.down = Linear.load(weights, {down: hidden}, ffn, bias)
         self.activation = activation
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(gated(self.gate_up(x), self.activation))
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """y [R, H], plus ``add`` [R, H]."""
+        h = linear_gated(x, self.gate_up.weight, self.activation, self.gate_up.bias)
+        return self.down(h, add)
 
 
 class Experts:
@@ -101,26 +116,39 @@ class Experts:
         self, router: Linear, experts: list[GatedMLP], chosen: int, normalize: bool
     ) -> None:
         self.router = router
-        self.experts = experts
+        self.experts = Mixture(experts)
         self.chosen = chosen
         self.normalize = normalize
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """y [R, H], plus ``add`` [R, H]."""
         ids, shares = route(self.router(x), self.chosen, self.normalize)
-        return mix(x, ids, shares, self.experts)
+        return self.experts(x, ids, shares, add)
 
 
-def mix(x: Tensor, ids: Tensor, shares: Tensor, experts: list[GatedMLP]) -> Tensor:
-    """Add up ``shares * expert(x)`` [R, H] over the chosen experts, ids and shares [R, k].
+class Mixture:
+    """Feed-forward layers of one shape, of which each row goes through a few.
 
     No row is dropped for capacity, and the outputs are added in ascending order of expert id, so
     that a row's sum does not depend on the rows beside it.
     """
-    out = torch.zeros_like(x)
-    for expert in sorted(set(ids.flatten().tolist())):
-        rows, choice = torch.nonzero(ids == expert, as_tuple=True)
-        out[rows] += experts[expert](x[rows]) * shares[rows, choice, None]
-    return out
+
+    def __init__(self, experts: list[GatedMLP]) -> None:
+        if any(mlp.gate_up.bias is not None or mlp.down.bias is not None for mlp in experts):
+            raise ValueError("experts with biases are not supported")
+        self.count = len(experts)
+        self.gate_up = stack_experts([mlp.gate_up.weight for mlp in experts])
+        self.down = stack_experts([mlp.down.weight for mlp in experts])
+        self.activation = experts[0].activation
+
+    def __call__(self, x: Tensor, ids: Tensor, shares: Tensor, add: Tensor | None = None) -> Tensor:
+        """``shares * expert(x)`` summed over the chosen experts, plus ``add`` [R, H].
+
+        ``ids`` int32 and ``shares`` float32 are [R, k].
+        """
+        offsets, order, slots = group_rows(ids, self.count)
+        h = linear_experts(gather(x, order), self.gate_up, offsets, self.activation)
+        return combine(linear_experts(h, self.down, offsets), slots, shares, add)
 
 
 class Attention:
@@ -213,6 +241,7 @@ class Rope:
     def __init__(self, facts: RopeFacts) -> None:
         self._frequencies = torch.tensor(facts.frequencies, dtype=torch.float32)
         self._magnitude = facts.magnitude
+        self._device = torch.device("cpu")
         self._tables = self._compute(0, 2048)
         self._page_tables: tuple[Tensor, Tensor] | None = None
 
@@ -220,7 +249,14 @@ class Rope:
         positions = torch.arange(start, end, dtype=torch.float32)
         angles = (positions[:, None] * self._frequencies).double()
         cos, sin = angles.cos() * self._magnitude, angles.sin() * self._magnitude
-        return cos.float(), sin.float()
+        device = self._device
+        return cos.float().to(device), sin.float().to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Keep the tables on a device; they are still computed on the CPU, with the same bits."""
+        self._device = device
+        cos, sin = self._tables
+        self._tables = cos.to(device), sin.to(device)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), float32 [at least length, D / 2]. Rows never change as the tables grow."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import hasten.models
 from hasten.decoding.params import SamplingParams
+from hasten.kernels.linear import Weight
 from hasten.models.base import Decoder, ModelConfig
 from hasten.models.checkpoint import SafetensorsWeights
 from hasten.models.facts import CheckpointError, Facts, read_json
@@ -28,13 +29,16 @@ from hasten.models.gguf.architectures import facts_of, recommended
 from hasten.models.gguf.file import GGUF, is_gguf
 from hasten.models.gguf.places import file_of, parts_of
 from hasten.models.gguf.weights import GGUFWeights
+from hasten.weights.base import Matrix, WeightFormat
+from hasten.weights.checkpoint import Checkpoint
+from hasten.weights.saved import SavedWeights, reconciled, saved_format
 
 __all__ = ["CheckpointError", "architectures", "load_config", "load_model", "locate"]
 
 log = logging.getLogger(__name__)
 
 PARTS = {"base", "chat_template", "checkpoint", "facts", "gguf", "layers", "loading", "paged"}
-PARTS |= {"tokenizer"}
+PARTS |= {"device", "tokenizer"}
 """Modules of this package that are not architectures."""
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<file>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
@@ -118,35 +122,50 @@ def load_model(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     max_length: int | None = None,
+    format: WeightFormat | None = None,
 ) -> Decoder:
     """Read a checkpoint in the Hugging Face layout or a GGUF file.
 
-    ``dtype`` is that of the matrices: float32, bfloat16, or None for the checkpoint's own
-    (float16 widens to float32, blocks to bfloat16). With ``progress`` a bar is drawn if standard
-    error is a terminal.
+    ``format`` is the form in which matrices are held, by default that in which they are stored
+    (float16 widens to float32); ``dtype``, float32 or bfloat16, is short for the format that holds
+    them in this type. With ``progress`` a bar is drawn if standard error is a terminal.
     ``max_length`` is the longest sequence that will run, None = what the model was made for: a
     model with LongRoPE is another one within its original context.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"weights are held as float32 or bfloat16, not {dtype}")
+    if dtype is not None:
+        if format is not None or dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"weights are held as float32 or bfloat16, not {dtype} and {format}")
+        format = Checkpoint(str(dtype).removeprefix("torch."))
+    format = format or Checkpoint()
     folder = locate(path_or_hub_id)
     source = _opened(folder)
     facts = read_facts(source)
     facts.longest = max_length
-    module = _architecture(facts)
     weights: GGUFWeights | SafetensorsWeights
     if isinstance(source, GGUF):
-        weights = GGUFWeights(source, facts, dtype)
+        weights = GGUFWeights(source, facts, format.torch_dtype, format)
+    elif (saved := saved_format(facts)) is not None:
+        format = reconciled(saved, format, facts)
+        weights = SavedWeights(folder, format.torch_dtype or stated_dtype(facts), format, saved)
     else:
-        weights = SafetensorsWeights(folder, dtype or _stated_dtype(facts))
+        weights = SafetensorsWeights(folder, format.torch_dtype or stated_dtype(facts), format)
+    model = build_model(facts, weights, progress)
+    model.sampling_defaults = sampling_defaults(source)
+    return model
+
+
+def build_model(
+    facts: Facts, weights: GGUFWeights | SafetensorsWeights, progress: bool = False
+) -> Decoder:
+    """The model that ``facts`` describe, read from ``weights``; without sampling defaults."""
+    module = _architecture(facts)
     config = module.configure(facts, weights.dtype)
     with _progress(weights, progress) as watched:
         model: Decoder = module.Model(config, watched)
-    model.sampling_defaults = sampling_defaults(source)
     if unread := sorted(name for name in weights.unread if not UNUSED.fullmatch(name)):
         log.warning(
             "%s: %d tensors are not part of architecture %s and were ignored, among them %s",
-            folder,
+            facts.path,
             len(unread),
             config.architecture,
             ", ".join(unread[:3]),
@@ -217,7 +236,7 @@ def _architecture(facts: Facts) -> Any:
             facts.path,
             f"Supported values of model_type: {', '.join(known)}.",
         )
-    if facts.states("quantization_config"):
+    if facts.states("quantization_config") and saved_format(facts) is None:
         raise CheckpointError(
             "the weights are quantized, which is not supported as yet",
             facts.path,
@@ -228,7 +247,7 @@ def _architecture(facts: Facts) -> Any:
     return importlib.import_module(f"hasten.models.{name}")
 
 
-def _stated_dtype(facts: Facts) -> torch.dtype | None:
+def stated_dtype(facts: Facts) -> torch.dtype | None:
     """``dtype`` (transformers 5) or ``torch_dtype``; None leaves it to the stored tensors."""
     name = facts.values.get("dtype") or facts.values.get("torch_dtype")
     stated = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
@@ -240,6 +259,7 @@ class _Counted:
 
     def __init__(self, weights: GGUFWeights | SafetensorsWeights, advance: Any) -> None:
         self.dtype = weights.dtype
+        self.format = weights.format
         self._weights = weights
         self._advance = advance
 
@@ -257,6 +277,12 @@ class _Counted:
                 yield part
 
         return counted()
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        weight = self._weights.stored(wanted)
+        if weight is not None:
+            self._advance(weight.nbytes)
+        return weight
 
 
 @contextmanager

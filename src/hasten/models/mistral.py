@@ -49,7 +49,7 @@ class Layer:
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
-        return hidden + self.mlp(normed)
+        return self.mlp(normed, hidden)
 
 
 class Model(StackedDecoder):

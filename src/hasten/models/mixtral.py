@@ -60,13 +60,15 @@ class Layer:
             )
             for expert in range(config.num_experts)
         ]
-        router = Linear.load(weights, {f"{moe}.gate": config.num_experts}, config.hidden_size)
+        router = Linear.load(
+            weights, {f"{moe}.gate": config.num_experts}, config.hidden_size, role="router"
+        )
         self.moe = Experts(router, experts, config.experts_per_token, normalize=True)
 
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.moe_norm, self.eps)
-        return hidden + self.moe(normed)
+        return self.moe(normed, hidden)
 
 
 class Model(StackedDecoder):

@@ -68,8 +68,9 @@ class Layer:
         )
 
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
-        hidden = hidden + rms_norm(self.attention(hidden, kv), self.attended_norm, self.eps)
-        return hidden + rms_norm(self.mlp(hidden), self.fed_norm, self.eps)
+        attended = self.attention(hidden, kv)
+        hidden = rms_norm(attended, self.attended_norm, self.eps, add=hidden)
+        return rms_norm(self.mlp(hidden), self.fed_norm, self.eps, add=hidden)
 
 
 class Model(StackedDecoder):

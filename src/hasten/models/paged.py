@@ -28,6 +28,12 @@ class PagedKV:
         self.base = torch.from_numpy(batch.base)
         self.mask = torch.from_numpy(batch.mask)
         self.tables = [torch.from_numpy(table) for table in batch.tables]
+        self._angles: dict[Rope, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def angles(self) -> int:
+        """Positions for which the pass has angles."""
+        return min((len(cos) for cos, _ in self._angles.values()), default=self.length)
 
     def attend(
         self,
@@ -43,7 +49,9 @@ class PagedKV:
         """See `hasten.models.base.KV.attend`."""
         k_pages, v_pages, index = self.storage.layer(layer)
         group, table = self.storage.layout.groups[index], self.tables[index]
-        cos, sin = rope.tables(self.length)
+        if rope not in self._angles:
+            self._angles[rope] = rope.tables(self.length)
+        cos, sin = self._angles[rope]
         rotated = self.storage.layout.key_space == "rotated"
         append(
             q,

@@ -67,7 +67,9 @@ def feed_forward(config: Config, weights: Weights, at: str, sparse: bool) -> Exp
 
     if not sparse:
         return mlp(at, config.ffn_size)
-    router = Linear.load(weights, {f"{at}.gate": config.num_experts}, config.hidden_size)
+    router = Linear.load(
+        weights, {f"{at}.gate": config.num_experts}, config.hidden_size, role="router"
+    )
     experts = [mlp(f"{at}.experts.{i}", config.expert_size) for i in range(config.num_experts)]
     return Experts(router, experts, config.experts_per_token, config.normalize_shares)
 
@@ -99,7 +101,7 @@ class Layer:
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
         attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
-        return hidden + self.mlp(normed)
+        return self.mlp(normed, hidden)
 
 
 class Model(StackedDecoder):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.attention import cpu, ref
-from hasten.kernels.dispatch import choose
+from hasten.kernels.dispatch import operation
 
 
 def paged_attention(
@@ -72,8 +71,7 @@ def paged_attention(
     of exponentials, float32 [R, Hq]. A row that sees nothing gives 0 and -inf.
     Raises TypeError or ValueError for other types, shapes or missing pages.
     """
-    run = cpu.paged_attention if choose(impl, q) == "cpu" else ref.paged_attention
-    out, lse = run(
+    out, lse = operation(__name__, "paged_attention", impl, q)(
         q,
         k_pages,
         v_pages,

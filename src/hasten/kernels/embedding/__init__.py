@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.embedding import cpu, ref
-from hasten.kernels.linear.packed import PackedWeight
+from hasten.kernels.dispatch import operation
+from hasten.kernels.linear import PackedWeight, Weight, implementation
 
 
-def embed(ids: Tensor, w: PackedWeight, *, impl: str | None = None) -> Tensor:
+def embed(ids: Tensor, w: Weight, *, impl: str | None = None) -> Tensor:
     """Rows ``ids`` of the weight, as float32 [R, K].
 
     ``ids`` is int64 [R]. Raises IndexError, naming the id, for one outside of [0, N).
     """
-    return cpu.embed(ids, w) if choose(impl, ids) == "cpu" else ref.embed(ids, w)
+    if not isinstance(w, PackedWeight):
+        return implementation(w, impl, ids).embed(ids, w)
+    rows: Tensor = operation(__name__, "embed", impl, ids)(ids, w)
+    return rows

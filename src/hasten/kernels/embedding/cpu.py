@@ -11,5 +11,5 @@ from hasten.kernels.linear.packed import PackedWeight
 
 def embed(ids: Tensor, w: PackedWeight) -> Tensor:
     out = torch.empty((ids.shape[0], w.k))
-    _native.embed(ids, w.data, w.n, out)
+    _native.embed(ids, w.data, w.n, w.k, out)
     return out

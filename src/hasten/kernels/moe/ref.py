@@ -28,3 +28,29 @@ def route(
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids.int(), weights.contiguous()
+
+
+def group_rows(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, k = ids.shape
+    for row, expert in enumerate(ids.flatten().tolist()):
+        if not 0 <= expert < experts:
+            raise IndexError(f"row {row // k} chose expert {expert}, but there are {experts}")
+    order = ids.flatten().sort(stable=True)[1]
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(rows * k)
+    counts = torch.bincount(ids.flatten(), minlength=experts)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return offsets, (order // k).int(), slots.view(rows, k).int()
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    return x[index.long()]
+
+
+def combine(y: Tensor, slots: Tensor, shares: Tensor, add: Tensor | None) -> Tensor:
+    slots, order = slots.long().sort(dim=-1)
+    shares = shares.gather(1, order)
+    out = y.new_zeros((slots.shape[0], y.shape[1]))
+    for choice in range(slots.shape[1]):
+        out = out + y[slots[:, choice]] * shares[:, choice, None]
+    return out if add is None else out + add

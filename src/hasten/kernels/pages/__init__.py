@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.pages import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, *, impl: str | None = None) -> None:
@@ -16,8 +15,7 @@ def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, *, impl: str | No
     ``dst`` are int64 [n]. Raises ValueError for page ids outside of [0, N), before anything is
     written.
     """
-    run = cpu.copy_pages if choose(impl, k) == "cpu" else ref.copy_pages
-    run(k, v, src, dst)
+    operation(__name__, "copy_pages", impl, k)(k, v, src, dst)
 
 
 def move_slots(
@@ -39,5 +37,5 @@ def move_slots(
     ``src_slot`` and ``dst_slot`` int32 [m]. Raises ValueError for slots beyond the table or in
     blocks without a page, before anything is written.
     """
-    run = cpu.move_slots if choose(impl, k) == "cpu" else ref.move_slots
+    run = operation(__name__, "move_slots", impl, k)
     run(k, v, table, table_row, src_slot, dst_slot)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.rms_norm import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, impl: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    add: Tensor | None = None,
+    *,
+    impl: str | None = None,
 ) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, then ``+ add``.
 
     ``x`` is float32 [..., H] of one to three dimensions, of which only the last must be
-    contiguous (a slice of heads works), ``weight`` float32 [H]. ``out`` is contiguous and may be
-    ``x``. Raises TypeError or ValueError for other types or shapes.
+    contiguous (a slice of heads works), ``weight`` float32 [H]. ``add`` and ``out`` are like
+    ``x``; ``out`` may be ``x``. Raises TypeError or ValueError for other types or shapes.
     """
-    if choose(impl, x) == "cpu":
-        return cpu.rms_norm(x, weight, eps, out)
-    return ref.rms_norm(x, weight, eps, out)
+    normed: Tensor = operation(__name__, "rms_norm", impl, x)(x, weight, eps, out, add)
+    return normed
 
 
 def add_rms_norm(
@@ -29,6 +33,6 @@ def add_rms_norm(
 
     ``x`` and ``residual`` are float32 [..., H] of one shape, ``weight`` float32 [H].
     """
-    if choose(impl, x) == "cpu":
-        return cpu.add_rms_norm(x, residual, weight, eps)
-    return ref.add_rms_norm(x, residual, weight, eps)
+    run = operation(__name__, "add_rms_norm", impl, x)
+    normed, total = run(x, residual, weight, eps)
+    return normed, total

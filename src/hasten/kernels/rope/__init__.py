@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.rope import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def append(
@@ -54,7 +53,4 @@ def append(
     table and missing pages, before anything is written.
     """
     args = q, k, v, cos, sin, positions, slots, table_row, table, k_pages, v_pages, rotate_keys
-    if choose(impl, q) == "cpu":
-        cpu.append(*args)
-    else:
-        ref.append(*args)
+    operation(__name__, "append", impl, q)(*args)

@@ -5,15 +5,25 @@ from __future__ import annotations
 import mmap
 import warnings
 from collections.abc import Iterator
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hasten.kernels.linear import (
+    BLOCK_KINDS,
+    StackedWeight,
+    Weight,
+    pack_blocks,
+    pack_rows,
+)
 from hasten.models.facts import CheckpointError, Facts
 from hasten.models.gguf.architectures import Source, architecture_of, source_of
 from hasten.models.gguf.blocks import CHUNK_VALUES, READABLE, expand
 from hasten.models.gguf.file import GGUF, Kind, Part, Stored
+from hasten.weights.base import Matrix, WeightFormat
+from hasten.weights.checkpoint import Checkpoint
 
 RELEASE_BYTES = 512 << 20  # read so much of a file, then let its pages go
 
@@ -37,7 +47,13 @@ class GGUFWeights:
     or float16, else bfloat16.
     """
 
-    def __init__(self, gguf: GGUF, facts: Facts, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        gguf: GGUF,
+        facts: Facts,
+        dtype: torch.dtype | None,
+        format: WeightFormat | None = None,
+    ) -> None:
         self.gguf = gguf
         self.unread = set(gguf.tensors) - UNNEEDED
         self._architecture = architecture_of(gguf)
@@ -48,6 +64,7 @@ class GGUFWeights:
         matrices = {t.kind.name for t in gguf.tensors.values() if len(t.shape) > 1}
         exact = matrices <= {"F32", "F16"}
         self.dtype = dtype or (torch.float32 if exact else torch.bfloat16)
+        self.format = format or Checkpoint()
 
     def total_bytes(self) -> int:
         """Bytes of all tensors, for the progress bar."""
@@ -76,6 +93,33 @@ class GGUFWeights:
             expand(kind, rows[start : start + step], self.dtype)
             for start in range(0, shape[0], step)
         )
+
+    def stored(self, wanted: Matrix) -> Weight | None:
+        """The matrix as the blocks of the file, where kernels compute on blocks of its types.
+
+        Projections of different types are stacked as they are, those of other types expanded;
+        not so a gate and what it multiplies, of which files have one type. A router is expanded.
+        """
+        names = {f"{name}.weight": rows for name, rows in wanted.outputs.items()}
+        split = any(name.endswith(LATENT_UP) and self._is_split(name) for name in names)
+        if split or wanted.role == "router":
+            return None
+        # all shapes are checked before memory of the sizes that the config states is asked for
+        found = [(name, self.blocks(name, (n, wanted.inputs))) for name, n in names.items()]
+        runs = [list(run) for _, run in groupby(found, key=lambda part: part[1].kind.name)]
+        known = [run[0][1].kind.name in BLOCK_KINDS for run in runs]
+        if not any(known) or (wanted.gated and len(runs) > 1):
+            return None
+        parts: list[Weight] = []
+        for run, is_known in zip(runs, known, strict=True):
+            n, k = sum(len(blocks.rows) for _, blocks in run), wanted.inputs
+            if is_known:
+                rows = (blocks.rows for _, blocks in run)
+                parts.append(pack_blocks(rows, n, k, run[0][1].kind.name, gated=wanted.gated))
+            else:
+                values = (self.rows(name, (len(blocks.rows), k)) for name, blocks in run)
+                parts.append(pack_rows(chain.from_iterable(values), n, k, self.dtype))
+        return parts[0] if len(parts) == 1 else StackedWeight(tuple(parts))
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
         """The tensor of that name as stored, for kernels that compute on blocks.

@@ -1,0 +1,1 @@
+"""What makes quantized weights out of a checkpoint's numbers, one a file."""
