@@ -26,7 +26,7 @@ from hasten.kernels.linear import (
 from hasten.kernels.linear.blocks_ref import read, rows_of
 from hasten.models.gguf.blocks import EXPAND
 
-from .common import ISAS, assert_rows_independent, assert_same_bits, machines
+from .common import INTEGER_ISAS, assert_rows_independent, assert_same_bits, machines
 
 KINDS = list(BLOCK_KINDS)
 
@@ -89,7 +89,7 @@ def test_bits_are_those_of_the_definition_on_every_machine(kind: str) -> None:
         w = pack_blocks([random_rows(kind, n, k)], n, k, kind)
         x, bias, add = torch.randn(27, k), torch.randn(n), torch.randn(27, n)
         expected = linear(x, w, bias, add=add, impl="ref")
-        for machine in machines():
+        for machine in machines(INTEGER_ISAS):
             for rows in (1, 2, 5, 13, 27):
                 got = linear(x[:rows], w, bias, add=add[:rows])
                 wrong = (got != expected[:rows]).sum().item()
@@ -124,7 +124,7 @@ def test_rows_are_independent(kind: str) -> None:
     n, k = shapes(kind)[1]
     w, bias = pack_blocks([random_rows(kind, n, k)], n, k, kind), torch.randn(n)
     x = torch.randn(40, k) * torch.logspace(-3, 3, 40)[:, None]
-    assert_rows_independent(lambda index: linear(x[index], w, bias), len(x))
+    assert_rows_independent(lambda index: linear(x[index], w, bias), len(x), INTEGER_ISAS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +165,7 @@ def test_gates_are_the_activation_after_the_sums(kind: str) -> None:
         x = torch.randn(15, k) / 8
         for act in ("silu", "gelu_tanh"):
             expected = gated(linear(x, plain, bias), act)
-            for machine in machines(threads=(2,)):
+            for machine in machines(INTEGER_ISAS, (2,)):
                 assert_same_bits(linear_gated(x, w, act, bias), expected, f"{act}, {machine}")
         assert_same_bits(linear_gated(x[:3], w, "silu"), gated(linear(x[:3], plain), "silu"))
 
@@ -177,7 +177,7 @@ def test_experts_are_one_linear_each(kind: str) -> None:
     gates = [pack_blocks([rows_of(w)], n, k, kind, gated=True) for w in weights]
     x, offsets = torch.randn(150, k), torch.tensor([0, 3, 3, 145, 150])
     spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-    for machine in machines(threads=(2,)):
+    for machine in machines(INTEGER_ISAS, (2,)):
         got = linear_experts(x, stack_experts(weights), offsets)
         each = [linear(x[a:b], w) for (a, b), w in zip(spans, weights, strict=True)]
         assert_same_bits(got, torch.cat(each), machine)
@@ -209,7 +209,7 @@ def test_embed(kind: str) -> None:
     n, k = shapes(kind)[1]
     rows = random_rows(kind, n, k)
     w, ids = pack_blocks([rows], n, k, kind), torch.randint(0, n, (50,))
-    for machine in machines():
+    for machine in machines(INTEGER_ISAS):
         assert_same_bits(embed(ids, w), expanded(kind, rows)[ids], machine)
     assert_same_bits(embed(ids, w, impl="ref"), expanded(kind, rows)[ids])
     for impl in ("cpu", "ref"):
@@ -217,7 +217,7 @@ def test_embed(kind: str) -> None:
             embed(torch.tensor([0, n]), w, impl=impl)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", INTEGER_ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_extremes(kind: str, isa: str) -> None:
     """Codes at their bounds, zero rows, and what is not finite shows in its own row only."""

@@ -42,10 +42,12 @@ def linear(
     out: Tensor | None = None,
     add: Tensor | None = None,
 ) -> Tensor:
-    """A fold over groups of inputs ascending from 0: ``y = fma(float(sum), row scale * scale, y)``,
-    where sum is that of products of activation codes and weight codes, and the row scale is that of
-    the 32 inputs around the group; for Q4_K then ``y = fma(row scale * float(sum of activation
-    codes), -minimum, y)``. Then the bias, then ``add``.
+    """A fold over groups of inputs ascending, from 0.
+
+    ``y = fma(float(sum), row scale * scale, y)``, where sum is that of products of activation
+    codes and weight codes, and the row scale is that of the 32 inputs around the group; for Q4_K
+    then ``y = fma(row scale * float(sum of activation codes), -minimum, y)``. Then the bias, then
+    ``add``.
     """
     fields = read(rows_of(w), w.kind)
     codes, row_scale = quantize(x, 32)
