@@ -43,6 +43,7 @@ def test_operations_are_counted_by_kind_of_step(
     read = operations["linear"].bytes + operations["linear_gated"].bytes
     assert read == pytest.approx(5 * model.weight_bytes, rel=0.02)
     assert 0 < profile.decode.native_seconds < profile.decode.seconds
+    assert operations["attention"].bytes == profile.decode.kv_bytes
     assert profile.decode.kv_bytes == engine.stats.decode_kv_bytes > 0
     run()  # a profile that has ended takes no times
     assert _native.take_profile() == {}
