@@ -29,7 +29,7 @@ def read(rows, group: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_its_definition(kind: str, dtype: torch.dtype, isa: str) -> None:
+def test_equals_its_definition(kind: str, dtype: torch.dtype, machine: str) -> None:
     x = (torch.randn(37, 384) ** 3 * 0.02).to(dtype)
     x[3] = 0
     got, expected = KINDS[kind](x, "cpu"), KINDS[kind](x, "ref")
