@@ -10,7 +10,6 @@ from torch import Tensor
 from hasten.kernels.linear import (
     BlockWeight,
     DeviceWeight,
-    Int4Weight,
     Int8Weight,
     PackedWeight,
     StackedWeight,
