@@ -2,6 +2,11 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#if defined(HASTEN_HAS_AVX512) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -12,7 +17,7 @@ namespace portable { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
 #endif
 #if defined(HASTEN_HAS_AVX512)
-namespace avx512 { extern const Kernels table, table_vnni; }
+namespace avx512 { extern const Kernels table, table_vnni, table_amx; }
 #endif
 
 namespace {
@@ -31,9 +36,28 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(HASTEN_HAS_AVX512) && defined(__linux__)
+// The processor has the tiles, and the system lets this process use them (it must be asked).
+bool has_amx() {
+    static const bool granted = [] {
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+        const unsigned tile = 1u << 24, int8 = 1u << 25;
+        if (!(d & tile) || !(d & int8)) return false;
+        const int request_permission = 0x1023, tile_data = 18;
+        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    }();
+    return granted;
+}
+#endif
+
 // best first
 const Level LEVELS[] = {
 #if defined(HASTEN_HAS_AVX512)
+#if defined(__linux__)
+    {"amx", &avx512::table_amx,
+     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni") && has_amx(); }},
+#endif
     {"avx512vnni", &avx512::table_vnni,
      [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
     {"avx512", &avx512::table, has_avx512},
@@ -78,7 +102,8 @@ bool isa_supported(const char* name) {
 
 const char* set_isa(const char* name) {
     const Level* level = find(name);
-    if (!level) return "there is no such instruction set in this build (avx512vnni, avx512, avx2, portable)";
+    if (!level) return "there is no such instruction set in this build (amx, avx512vnni, avx512, avx2, "
+                       "portable)";
     if (!level->supported()) return "this CPU does not have the instruction set";
     current().store(level);
     return nullptr;

@@ -15,6 +15,8 @@ void linear_int4(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 #if defined(__AVX512F__)
 void linear_blocks_vnni(const BlocksArgs&, const LinearPart* parts, int64_t count);
 void linear_int8_vnni(const QuantizedArgs&, const LinearPart* parts, int64_t count);
+void linear_int8_amx(const QuantizedArgs&, const LinearPart* parts, int64_t count);
+void linear_int4_amx(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 void linear_int4_vnni(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 #endif
 void rms_norm(const NormArgs&);

@@ -43,6 +43,15 @@ static Kernels with_vnni() {
 }
 extern const Kernels table_vnni;
 const Kernels table_vnni = with_vnni();
+
+static Kernels with_amx() {
+    Kernels k = with_vnni();
+    k.linear_int8 = linear_int8_amx;
+    k.linear_int4 = linear_int4_amx;
+    return k;
+}
+extern const Kernels table_amx;
+const Kernels table_amx = with_amx();
 #endif
 
 }  // namespace HASTEN_LEVEL

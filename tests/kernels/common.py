@@ -12,7 +12,7 @@ from hasten import _native
 ISAS = [name for name in ("avx512", "avx2", "portable") if _native.isa_supported(name)]
 FAST = ISAS[0]
 # what multiplies integers has forms of its own on some processors
-INTEGER_ISAS = [name for name in ("avx512vnni",) if _native.isa_supported(name)] + ISAS
+INTEGER_ISAS = [name for name in ("amx", "avx512vnni") if _native.isa_supported(name)] + ISAS
 
 
 def machines(isas: Sequence[str] = ISAS, threads: Sequence[int] = (1, 2)) -> Iterator[str]:

@@ -352,7 +352,7 @@ def test_lists_are_counted_before_they_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads anonymous memory from /proc")
-@pytest.mark.parametrize(("dtype", "least", "most"), [("None", 1.0, 1.2), ("bfloat16", 3.4, 4.0)])
+@pytest.mark.parametrize(("dtype", "least", "most"), [("None", 1.0, 1.2), ("torch.bfloat16", 3.4, 4.0)])
 def test_memory_at_load_is_bounded_by_the_file(
     dtype: str, least: float, most: float, tmp_path: Path
 ) -> None:
@@ -386,7 +386,7 @@ def test_memory_at_load_is_bounded_by_the_file(
         "    while not done.wait(0.001): peak = max(peak, held())\n"
         "watcher = threading.Thread(target=watch)\n"
         "watcher.start()\n"
-        f"model = load_model(sys.argv[2], {dtype if dtype == 'None' else 'torch.' + dtype}, False)\n"
+        f"model = load_model(sys.argv[2], {dtype}, False)\n"
         "done.set()\n"
         "watcher.join()\n"
         "print(max(peak, held()) - before)\n"
