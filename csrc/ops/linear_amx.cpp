@@ -1,9 +1,8 @@
-// int8 and int4 weights in AMX tiles: products of 16 rows by 16 outputs by 64 inputs in one
-// instruction, for steps of more than a few rows.
+// int8 weights in AMX tiles: products of 16 rows by 16 outputs by 64 inputs in one instruction, for
+// steps of more than a few rows.
 //
-// Sums are exact 32-bit integers, so the bits are those of `linear_int8` and `linear_int4` on every
-// other processor; quantization, scales, bias and gate are the same code. Only what a strip adds to
-// an output is made here, in the same order.
+// Sums are exact 32-bit integers, so the bits are those of `linear_int8` on every other processor;
+// quantization, scales, bias and gate are the same code. Only the sums of a strip are made here.
 #if defined(__AVX512F__)
 
 #include "quantized.h"
@@ -40,13 +39,12 @@ struct alignas(64) Palette {
 };
 
 // Tiles 0 and 1 (2 and 3) have `upper` (`lower`) rows, as many as tile 4 (5); where `lower` is 0,
-// all four hold sums of the upper rows. Products go over `depth` inputs.
-void configure(int upper, int lower, int depth) {
+// all four hold sums of the upper rows.
+void configure(int upper, int lower) {
     Palette p;
     for (int t = 0; t < 8; t++) p.row_bytes[t] = 64;
-    p.row_bytes[4] = p.row_bytes[5] = uint16_t(depth);
     const int second = lower ? lower : upper;
-    const int rows[8] = {upper, upper, second, second, upper, second, depth / 4, depth / 4};
+    const int rows[8] = {upper, upper, second, second, upper, second, 16, 16};
     for (int t = 0; t < 8; t++) p.rows[t] = uint8_t(rows[t]);
     asm volatile("ldtilecfg %0" : : "m"(p) : "memory");
 }
@@ -54,7 +52,6 @@ void configure(int upper, int lower, int depth) {
 #define HASTEN_TILE_LOAD(tile, from, stride)                                        \
     asm volatile("tileloadd (%0,%1,1), %%tmm" #tile                                 \
                  : : "r"(from), "r"(int64_t(stride)) : "memory")
-#define HASTEN_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile : : : "memory")
 #define HASTEN_TILE_STORE(tile, to, stride)                                         \
     asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)"                             \
                  : : "r"(to), "r"(int64_t(stride)) : "memory")
@@ -159,105 +156,6 @@ void walk(const Walk& t, int64_t rows, int64_t panels, char* held) {
     }
 }
 
-template <bool ASYMMETRIC>
-struct Int4Amx {
-    static int64_t unit(const QuantizedArgs& a) { return a.group; }
-    static int32_t factor(const QuantizedArgs&) { return ASYMMETRIC ? -1 : -8; }
-    static int64_t block(const QuantizedArgs& a) { return a.group; }
-    static int64_t unit_bytes(const QuantizedArgs& a) {
-        return LANES * (a.group / 2 + 2 + ASYMMETRIC);
-    }
-    static int64_t tail_bytes(const QuantizedArgs&) { return 0; }
-
-    static HASTEN_INLINE F16 result(const char* held, const uint8_t*, float) {
-        return load((const float*)held);
-    }
-};
-
-// Products of up to 32 rows with two panels of a group, whose codes are bytes [group / 4][width][64].
-void group_products(const int8_t* x, int64_t x_stride, bool lower, const uint8_t* codes,
-                    int64_t line, bool two, int64_t group, int32_t* sums) {
-    HASTEN_TILE_ZERO(0);
-    HASTEN_TILE_ZERO(1);
-    HASTEN_TILE_ZERO(2);
-    HASTEN_TILE_ZERO(3);
-    for (int64_t from = 0; from < group; from += DEPTH) {
-        HASTEN_TILE_LOAD(6, codes, line);
-        HASTEN_TILE_LOAD(4, x + from, x_stride);
-        HASTEN_TILE_DOT(0, 4, 6);
-        if (two) {
-            HASTEN_TILE_LOAD(7, codes + 64, line);
-            HASTEN_TILE_DOT(1, 4, 7);
-        }
-        if (lower) {
-            HASTEN_TILE_LOAD(5, x + from + 16 * x_stride, x_stride);
-            HASTEN_TILE_DOT(2, 5, 6);
-            if (two) HASTEN_TILE_DOT(3, 5, 7);
-        }
-        codes += DEPTH / 4 * line;
-    }
-    HASTEN_TILE_STORE(0, sums, 128);
-    if (two) HASTEN_TILE_STORE(1, sums + LANES, 128);
-    if (lower) {
-        HASTEN_TILE_STORE(2, sums + 16 * 2 * LANES, 128);
-        if (two) HASTEN_TILE_STORE(3, sums + 16 * 2 * LANES + LANES, 128);
-    }
-}
-
-template <bool ASYMMETRIC>
-void int4_sums(const QuantizedArgs& a, const Activations& x, int64_t row, int64_t rows,
-               const uint8_t* strip, int64_t width, char* held) {
-    const int64_t group = a.group, groups = a.k / group, line = width * 64;
-    const int64_t unit_bytes = Int4Amx<ASYMMETRIC>::unit_bytes(a) * width;
-    const int64_t unit_lines = (unit_bytes + 63) / 64, blocks = (rows + 31) / 32;
-    const int64_t lines = (unit_lines + blocks - 1) / blocks;
-    alignas(64) uint8_t codes[128 * STRIP * LANES];
-    alignas(64) int32_t sums[32 * 2 * LANES];
-    for (int64_t begin = 0; begin < rows; begin += 32) {
-        const int64_t some = rows - begin < 32 ? rows - begin : 32;
-        if (begin == 0 || some < 32)
-            configure(int(some < 16 ? some : 16), int(some > 16 ? some - 16 : 0),
-                      int(group < DEPTH ? group : DEPTH));
-        float* y = (float*)(held + begin * HELD_STRIDE);
-        for (int64_t r = 0; r < some; r++)
-            for (int64_t p = 0; p < width; p++) store(y + r * STRIP_OUTPUTS + p * LANES, zero());
-        // what comes next of this strip or, where it goes by several times, the next strip
-        const uint8_t* ahead = blocks == 1 ? strip + AHEAD_BYTES
-                                           : strip + groups * (unit_bytes + begin / 32 * lines * 64);
-        for (int64_t g = 0; g < groups; g++) {
-            const uint8_t* w = strip + g * unit_bytes;
-            for (int64_t i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-            for (int64_t j = 0; j < group / 8; j++)
-                for (int64_t p = 0; p < width; p++) {
-                    const uint8_t* from = w + j * line + p * 64;
-                    _mm512_store_si512(codes + 2 * j * line + p * 64, low_halves(from));
-                    _mm512_store_si512(codes + (2 * j + 1) * line + p * 64, high_halves(from));
-                }
-            const uint16_t* scales = (const uint16_t*)(w + line * (group / 8));
-            const uint8_t* zeros = w + line * (group / 8) + width * LANES * 2;
-            const int8_t* inputs = x.codes + (row + begin) * x.stride + g * group;
-            const int64_t at = (row + begin) * x.blocks + g;
-            for (int64_t p = 0; p < width; p += 2) {
-                const bool two = p + 1 < width;
-                group_products(inputs, x.stride, some > 16, codes + p * 64, line, two, group, sums);
-                for (int64_t q = p; q < width && q < p + 2; q++) {
-                    const F16 scale = load_half(scales + q * LANES);
-                    for (int64_t r = 0; r < some; r++) {
-                        const int32_t* x_sum = x.sums + at + r * x.blocks;
-                        const I16 start = ASYMMETRIC ? times_bytes(x_sum, zeros + q * LANES)
-                                                     : splat(x_sum);
-                        const I16 sum = start + load(sums + (r * 2 + q - p) * LANES);
-                        float* to = y + r * STRIP_OUTPUTS + q * LANES;
-                        store(to, fma(to_float(sum), splat(x.scales[at + r * x.blocks]) * scale,
-                                      load(to)));
-                    }
-                }
-            }
-        }
-    }
-    asm volatile("tilerelease" : : : "memory");
-}
-
 }  // namespace
 
 template <>
@@ -286,7 +184,7 @@ void strip_sums<Int8Amx>(const QuantizedArgs& a, const Activations& x, int64_t r
     for (int64_t begin = 0; begin < rows; begin += 32) {
         const int64_t some = rows - begin < 32 ? rows - begin : 32;
         if (begin == 0 || some < 32)
-            configure(int(some < 16 ? some : 16), int(some > 16 ? some - 16 : 0), DEPTH);
+            configure(int(some < 16 ? some : 16), int(some > 16 ? some - 16 : 0));
         const int8_t* codes = x.codes + (row + begin) * x.stride;
         if (rest)
             for (int64_t r = 0; r < some; r++) {
@@ -311,18 +209,6 @@ void strip_sums<Int8Amx>(const QuantizedArgs& a, const Activations& x, int64_t r
     asm volatile("tilerelease" : : : "memory");
 }
 
-template <>
-void strip_sums<Int4Amx<false>>(const QuantizedArgs& a, const Activations& x, int64_t row,
-                                int64_t rows, const uint8_t* strip, int64_t width, char* held) {
-    int4_sums<false>(a, x, row, rows, strip, width, held);
-}
-
-template <>
-void strip_sums<Int4Amx<true>>(const QuantizedArgs& a, const Activations& x, int64_t row,
-                               int64_t rows, const uint8_t* strip, int64_t width, char* held) {
-    int4_sums<true>(a, x, row, rows, strip, width, held);
-}
-
 namespace {
 
 bool few(const LinearPart* parts, int64_t count) {
@@ -338,15 +224,6 @@ void linear_int8_amx(const QuantizedArgs& a, const LinearPart* parts, int64_t co
         linear_int8_vnni(a, parts, count);
     else
         linear_quantized<Int8Amx>(a, parts, count);
-}
-
-void linear_int4_amx(const QuantizedArgs& a, const LinearPart* parts, int64_t count) {
-    if (few(parts, count))
-        linear_int4_vnni(a, parts, count);
-    else if (a.asymmetric)
-        linear_quantized<Int4Amx<true>>(a, parts, count);
-    else
-        linear_quantized<Int4Amx<false>>(a, parts, count);
 }
 
 }  // namespace HASTEN_LEVEL

@@ -16,7 +16,6 @@ void linear_int4(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 void linear_blocks_vnni(const BlocksArgs&, const LinearPart* parts, int64_t count);
 void linear_int8_vnni(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 void linear_int8_amx(const QuantizedArgs&, const LinearPart* parts, int64_t count);
-void linear_int4_amx(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 void linear_int4_vnni(const QuantizedArgs&, const LinearPart* parts, int64_t count);
 #endif
 void rms_norm(const NormArgs&);

@@ -47,7 +47,6 @@ const Kernels table_vnni = with_vnni();
 static Kernels with_amx() {
     Kernels k = with_vnni();
     k.linear_int8 = linear_int8_amx;
-    k.linear_int4 = linear_int4_amx;
     return k;
 }
 extern const Kernels table_amx;
