@@ -268,7 +268,7 @@ def start(
         except BaseException:
             process.close()
             raise
-        label = f"hasten {group.stack}".strip()
+        label = f"{facts.pop('engine')} {facts.pop('version')} {group.stack}".strip()
     else:
         (peer,) = (peer for peer in PEERS if peer.name == name)
         process, label = setup.start(

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import cpu_decode, random_checkpoint
 from benchmarks.cpu_decode import GROUPS, Case, Group, Records
 from hasten import LLM, SamplingParams
+from hasten.api.frontend import REFERENCE
 from hasten.bench.peers.engines import PEERS, Setup
 from hasten.bench.peers.process import PeerError
 
@@ -138,6 +139,17 @@ def test_rates_leave_the_prompt_out_and_count_all_sequences() -> None:
     assert Case(128, 5).measure(ask([9, 10, 11, 12, 13]), rng) == 1
     assert Case(128, 5, batch=8).measure(ask([9, 10, 11, 12, 13]), rng) == 8
     assert Case(512, 1).measure(ask([0.25]), rng) == 2048
+
+
+def test_hasten_is_started_like_the_others(tmp_path: Path) -> None:
+    records = Records(tmp_path / "cells.jsonl")
+    group = replace(GROUP, stack="", steps=False)
+    process = cpu_decode.start("hasten", group, Setup(None), REFERENCE / "target", records, 2)
+    with process:
+        cpu_decode.measure_cell(group, "hasten", process, "decode-128", 1, records)
+    assert records.values(group=group.name, case="decode-128", engine="hasten")[1] > 0
+    assert cpu_decode.label_of(records, group, "hasten").startswith("hasten 0")
+    assert cpu_decode.memory(records, [group])[-1].startswith("| qwen0.5b int8 | 12 |")
 
 
 def test_every_group_can_be_measured() -> None:
