@@ -44,6 +44,8 @@ std::vector<int> processors_for(int threads) {
     return {};
 }
 
+int current_processor() { return sched_getcpu(); }
+
 void bind_thread(std::thread::native_handle_type thread, int processor) {
     cpu_set_t set;
     CPU_ZERO(&set);
@@ -61,6 +63,7 @@ void bind_thread(std::thread::native_handle_type thread, int processor) {
 namespace hasten {
 
 std::vector<int> processors_for(int) { return {}; }
+int current_processor() { return -1; }
 void bind_thread(std::thread::native_handle_type, int) {}
 
 }  // namespace hasten

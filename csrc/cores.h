@@ -11,6 +11,9 @@ namespace hasten {
 // use. Empty otherwise, with HASTEN_PIN=0, and where the system cannot say.
 std::vector<int> processors_for(int threads);
 
+// The processor that the calling thread runs on, -1 if the system cannot say.
+int current_processor();
+
 // Binds a thread to one processor; -1 gives it those of the calling thread.
 void bind_thread(std::thread::native_handle_type thread, int processor);
 

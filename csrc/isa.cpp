@@ -12,7 +12,7 @@ namespace portable { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
 #endif
 #if defined(HASTEN_HAS_AVX512)
-namespace avx512 { extern const Kernels table; }
+namespace avx512 { extern const Kernels table, table_vnni; }
 #endif
 
 namespace {
@@ -23,19 +23,27 @@ struct Level {
     bool (*supported)();
 };
 
+#if defined(HASTEN_HAS_AVX512)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("fma");
+}
+#endif
+
 // best first
 const Level LEVELS[] = {
 #if defined(HASTEN_HAS_AVX512)
-    {"avx512", &avx512::table,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("fma");
-     }},
+    {"avx512vnni", &avx512::table_vnni,
+     [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }},
+    {"avx512", &avx512::table, has_avx512},
 #endif
 #if defined(HASTEN_HAS_AVX2)
     {"avx2", &avx2::table,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+     [] {
+         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("f16c");
+     }},
 #endif
     {"portable", &portable::table, [] { return true; }},
 };
@@ -70,7 +78,7 @@ bool isa_supported(const char* name) {
 
 const char* set_isa(const char* name) {
     const Level* level = find(name);
-    if (!level) return "there is no such instruction set in this build (avx512, avx2, portable)";
+    if (!level) return "there is no such instruction set in this build (avx512vnni, avx512, avx2, portable)";
     if (!level->supported()) return "this CPU does not have the instruction set";
     current().store(level);
     return nullptr;

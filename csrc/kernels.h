@@ -36,6 +36,15 @@ struct LinearPart {
     float* out;         // [rows, n], or [rows, n / 2] with a gate
 };
 
+// Weights of 8 and 4 bits: streams as hasten.kernels.linear.quantized describes them.
+struct QuantizedArgs {
+    int64_t n, k;
+    int64_t group;    // inputs that share a scale; k for int8
+    bool asymmetric;  // int4 with a zero beside each scale
+    Gate gate = Gate::none;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
+};
+
 struct NormArgs {
     const float* x;  // [outer, inner, size]
     int64_t x_outer, x_inner;
@@ -121,14 +130,29 @@ struct CombineArgs {
     float* out;  // [rows, size]
 };
 
+// How a page holds numbers. i8: a key (or value) is its codes times one scale.
+enum class Stored { f32, bf16, i8 };
+
+// Rows behind the dimensions of an i8 key page, which are PAGE floats each four of them: the scales
+// of its keys and, where values are stored, those of its values.
+constexpr int SCALE_ROWS = 4;
+
 // Page tables and the pages of one layer.
 struct Pages {
-    void* k;  // [pages, heads, dim, PAGE]
+    void* k;  // [pages, heads, dim + scale_rows, PAGE]
     void* v;  // [pages, heads, PAGE, padded]; padded 0: values are the keys' last v_dim dimensions
-    bool bf16;
+    Stored type;
     int64_t pages, heads, dim, v_dim, padded;
     const int32_t* table;  // [tables, groups, blocks]
     int64_t tables, groups, blocks;
+
+    int64_t item() const { return type == Stored::f32 ? 4 : type == Stored::bf16 ? 2 : 1; }
+    int64_t scale_rows() const {
+        return type == Stored::i8 ? SCALE_ROWS * (padded ? 2 : 1) : 0;
+    }
+    // bytes of a page of one head
+    int64_t k_page() const { return (dim + scale_rows()) * PAGE * item(); }
+    int64_t v_page() const { return PAGE * padded * item(); }
 };
 
 struct AppendArgs {
@@ -139,6 +163,7 @@ struct AppendArgs {
     int64_t k_stride, v_stride;
     const float *cos, *sin;  // [positions, half]
     int64_t half, rows;
+    bool rotate_keys;  // or store them as they are
     const int32_t *positions, *slots, *table_row;
 };
 
@@ -151,9 +176,10 @@ struct AttentionArgs {
     int64_t words;
     float scale, softcap;   // softcap 0: none
     int64_t window, sinks;  // window 0: none
-    // rows of tile t: [tile_start[t], tile_start[t + 1]), all of one sequence
-    const int64_t* tile_start;
-    int64_t tiles, work;
+    // keys are stored before the rotation, whose angles are those of their positions:
+    const float *cos, *sin;  // [position / PAGE, half, position % PAGE], or null
+    int64_t half;
+    int64_t end, work;  // one more than the highest position that is read; multiply-adds
     float* out;        // [rows, q_heads, v_dim]
     float* lse;        // [rows, q_heads] or null
     int64_t* missing;  // set to 1 + row * blocks + block of a row that needs a page it lacks
@@ -161,6 +187,8 @@ struct AttentionArgs {
 
 struct Kernels {
     void (*linear)(const LinearArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_int8)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_int4)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
     void (*rms_norm)(const NormArgs&);
     void (*add)(const AddArgs&);
     void (*gated)(const GatedArgs&);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <new>
 
+#include "half.h"
 #include "parallel.h"
 
 namespace hasten {
@@ -12,22 +13,6 @@ namespace {
 
 float widen(uint16_t x) {
     const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
-float half_to_float(uint16_t x) {
-    const uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = x >> 10 & 31, mantissa = x & 1023;
-    uint32_t bits;
-    if (exponent == 31) {
-        bits = sign | 0x7f800000u | mantissa << 13;
-    } else if (exponent) {
-        bits = sign | (exponent + 112) << 23 | mantissa << 13;
-    } else {  // zero or subnormal: mantissa * 2^-24 is exact
-        const float y = float(mantissa) * 0x1p-24f;
-        return sign ? -y : y;
-    }
     float y;
     std::memcpy(&y, &bits, 4);
     return y;
@@ -153,6 +138,7 @@ namespace {
 template <class T>
 void move_slots_of(const MoveArgs& a) {
     const int64_t row_bytes = a.padded * int64_t(sizeof(T));
+    const int64_t k_page = a.dim * PAGE * int64_t(sizeof(T)) + a.scales * PAGE * 4;
     parallel(a.layers, 1, a.layers * a.count * a.groups * a.heads * a.dim * 2,
              [&](int64_t begin, int64_t end) {
         for (int64_t layer = begin; layer < end; layer++)
@@ -165,9 +151,15 @@ void move_slots_of(const MoveArgs& a) {
                                          h % a.heads;
                     const int64_t to =
                         (layer * a.pages + pages[to_slot / PAGE]) * a.heads + h % a.heads;
-                    const T* k_from = (const T*)a.k + from * a.dim * PAGE + from_slot % PAGE;
-                    T* k_to = (T*)a.k + to * a.dim * PAGE + to_slot % PAGE;
+                    const char* page_from = (const char*)a.k + from * k_page;
+                    char* page_to = (char*)a.k + to * k_page;
+                    const T* k_from = (const T*)page_from + from_slot % PAGE;
+                    T* k_to = (T*)page_to + to_slot % PAGE;
                     for (int64_t d = 0; d < a.dim; d++) k_to[d * PAGE] = k_from[d * PAGE];
+                    const int64_t scales = a.dim * PAGE * int64_t(sizeof(T));
+                    for (int64_t s = 0; s < a.scales; s++)
+                        std::memcpy(page_to + scales + (s * PAGE + to_slot % PAGE) * 4,
+                                    page_from + scales + (s * PAGE + from_slot % PAGE) * 4, 4);
                     std::memmove((T*)a.v + (to * PAGE + to_slot % PAGE) * a.padded,
                                  (const T*)a.v + (from * PAGE + from_slot % PAGE) * a.padded,
                                  size_t(row_bytes));
@@ -178,10 +170,11 @@ void move_slots_of(const MoveArgs& a) {
 }  // namespace
 
 void move_slots(const MoveArgs& a) {
-    if (a.item == 2)
-        move_slots_of<uint16_t>(a);
-    else
-        move_slots_of<uint32_t>(a);
+    switch (a.item) {
+        case 1: move_slots_of<uint8_t>(a); break;
+        case 2: move_slots_of<uint16_t>(a); break;
+        default: move_slots_of<uint32_t>(a);
+    }
 }
 
 double read_bandwidth(int64_t bytes, int repeats) {

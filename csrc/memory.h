@@ -40,8 +40,10 @@ void copy_pages(char* data, int64_t layers, int64_t pages, int64_t page_bytes, c
                 const int64_t* dst, int64_t count);
 
 struct MoveArgs {
-    void *k, *v;  // [layers, pages, heads, dim, 16] and [layers, pages, heads, 16, padded]
-    int64_t layers, pages, heads, dim, padded, item;  // item: bytes of an element
+    // [layers, pages, heads, dim, 16] and [layers, pages, heads, 16, padded]; item: bytes of an
+    // element. Behind the dimensions of a page of keys lie `scales` times 16 floats.
+    void *k, *v;
+    int64_t layers, pages, heads, dim, padded, item, scales;
     const int32_t* table;  // [tables, groups, blocks]
     int64_t groups, blocks;
     const int32_t *table_row, *src, *dst;

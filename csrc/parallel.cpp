@@ -49,6 +49,9 @@ class Pool {
         if (!busy.owns_lock()) return false;
         if (job.threads > MOST_THREADS) job.threads = MOST_THREADS;
         ensure_workers(job.threads - 1);
+        // a caller that has come to the processor of a worker gets it
+        const int here = current_processor();
+        if (here >= 0 && here < int(taken_.size()) && taken_[here]) place_workers();
         job_ = job;
         const int64_t ranges = (job.items + job.grain - 1) / job.grain;
         for (int i = 0; i < job.threads; i++) {
@@ -88,8 +91,13 @@ class Pool {
     void place_workers() {
         placed_for_ = num_threads();
         const std::vector<int> processors = processors_for(placed_for_);
-        for (size_t i = 0; i < workers_.size(); i++)
-            bind_thread(workers_[i], i + 1 < processors.size() ? processors[i + 1] : -1);
+        taken_.clear();
+        for (size_t i = 0; i < workers_.size(); i++) {
+            const int processor = i + 1 < processors.size() ? processors[i + 1] : -1;
+            bind_thread(workers_[i], processor);
+            if (processor >= int(taken_.size())) taken_.resize(processor + 1);
+            if (processor >= 0) taken_[processor] = true;
+        }
     }
 
     void take_items(int id) {
@@ -149,6 +157,7 @@ class Pool {
     std::mutex busy_, sleep_;
     std::condition_variable wake_;
     std::vector<std::thread::native_handle_type> workers_;
+    std::vector<bool> taken_;  // by processor: whether a worker is bound to it
     int placed_for_ = 0;
     uint64_t number_ = 0;
 };

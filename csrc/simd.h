@@ -23,6 +23,7 @@ typedef uint16_t bf16;  // the upper half of a float
 HASTEN_INLINE uint32_t first_lanes(int n) { return n >= LANES ? 0xffffu : (1u << n) - 1; }
 
 HASTEN_INLINE float widen(float x) { return x; }
+HASTEN_INLINE float widen(int8_t x) { return float(x); }
 HASTEN_INLINE float widen(bf16 x) {
     uint32_t bits = uint32_t(x) << 16;
     float y;

@@ -50,13 +50,15 @@ inline const ExchangeApi* exchange_api(PyTypeObject* type) {
     return api;
 }
 
-enum class Type { f32, bf16, f16, i32, i64, u64, other };
+enum class Type { f32, bf16, f16, i8, u8, i32, i64, u64, other };
 
 inline const char* type_name(Type type) {
     switch (type) {
         case Type::f32: return "float32";
         case Type::bf16: return "bfloat16";
         case Type::f16: return "float16";
+        case Type::i8: return "int8";
+        case Type::u8: return "uint8";
         case Type::i32: return "int32";
         case Type::i64: return "int64";
         case Type::u64: return "uint64";
@@ -163,6 +165,8 @@ class Tensor {
         if (code == nb::dlpack::dtype_code::Float && type.bits == 32) type_ = Type::f32;
         if (code == nb::dlpack::dtype_code::Float && type.bits == 16) type_ = Type::f16;
         if (code == nb::dlpack::dtype_code::Bfloat && type.bits == 16) type_ = Type::bf16;
+        if (code == nb::dlpack::dtype_code::Int && type.bits == 8) type_ = Type::i8;
+        if (code == nb::dlpack::dtype_code::UInt && type.bits == 8) type_ = Type::u8;
         if (code == nb::dlpack::dtype_code::Int && type.bits == 32) type_ = Type::i32;
         if (code == nb::dlpack::dtype_code::Int && type.bits == 64) type_ = Type::i64;
         if (code == nb::dlpack::dtype_code::UInt && type.bits == 64) type_ = Type::u64;

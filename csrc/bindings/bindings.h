@@ -25,6 +25,11 @@ inline Gate gate_of(const std::string& kind) {
     fail("activation '" + kind + "' is neither silu nor gelu_tanh");
 }
 
+inline const float* optional_bias(nb::handle bias, int64_t n) {
+    if (bias.is_none()) return nullptr;
+    return Tensor("bias", bias).is(Type::f32).has_shape({n}).contiguous().floats();
+}
+
 // Runs an operation whose arguments have the right types and shapes. `call` holds them by value and
 // checks what arrays of row numbers say, since a recorded call runs again when they say something
 // else. `bytes` of weights, keys and values is what it reads from memory; a call that only then
@@ -45,6 +50,7 @@ void launch(const char* name, int64_t bytes, const Call& call) {
 }
 
 void bind_linear(nb::module_& m);
+void bind_linear_quantized(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_pages(nb::module_& m);
 

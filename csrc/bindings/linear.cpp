@@ -4,8 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "bindings.h"
-#include "tensor_list.h"
+#include "experts.h"
 
 namespace hasten {
 namespace {
@@ -36,11 +35,6 @@ Packed packed(nb::handle object, int64_t n, int64_t k, bool gated = false) {
     const PackedShape shape = shape_of(w, n, k, gated);
     w.has_shape({shape.size()}).contiguous();
     return {w.as<void>(), shape};
-}
-
-const float* optional_bias(nb::handle bias, int64_t n) {
-    if (bias.is_none()) return nullptr;
-    return Tensor("bias", bias).is(Type::f32).has_shape({n}).contiguous().floats();
 }
 
 void linear(nb::handle x_, nb::handle w_, int64_t n, int64_t k, nb::handle bias_, nb::handle add_,
@@ -94,7 +88,6 @@ void linear_grouped(nb::handle x_, nb::handle w_, int64_t n, int64_t k, nb::hand
 // Row r goes through the weight e with offsets[e] <= r < offsets[e + 1].
 void linear_experts(nb::handle x_, const TensorList& weights, int64_t n, int64_t k,
                     nb::handle kind_, nb::handle offsets_, nb::handle out_) {
-    Tensor x("x", x_), offsets("offsets", offsets_), out("out", out_);
     LinearArgs a{n, k, weights.type() == Type::bf16};
     if (!kind_.is_none()) a.gate = gate_of(nb::cast<std::string>(kind_));
     const bool gated = a.gate != Gate::none;
@@ -102,25 +95,10 @@ void linear_experts(nb::handle x_, const TensorList& weights, int64_t n, int64_t
     if (n < 0 || k < 0 || (gated && n % 2) || weights.shape() != std::vector{shape.size()} ||
         (weights.type() != Type::f32 && weights.type() != Type::bf16))
         fail("the experts' weights are not float32 or bfloat16 [" + text(n) + ", " + text(k) + "]");
-    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
-    out.is(Type::f32).has_shape({x.shape(0), gated ? n / 2 : n}).contiguous(1);
-    const int64_t count = weights.count(), rows = x.shape(0);
-    offsets.is(Type::i64).has_shape({count + 1}).contiguous();
-    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
-    const float* from = x.floats();
-    float* to = out.floats();
-    const int64_t* offset = offsets.as<int64_t>();
-    const int64_t bytes = (rows < count ? rows : count) * shape.size() * (a.w_bf16 ? 2 : 4);
-    launch("linear_experts", bytes, [a, data = weights.data(), from, to, offset, count, rows] {
-        std::vector<LinearPart> parts;
-        if (offset[0] != 0 || offset[count] != rows)
-            throw std::invalid_argument("offsets do not begin at 0 and end at the number of rows");
-        for (int64_t e = 0; e < count; e++) {
-            if (offset[e + 1] < offset[e]) throw std::invalid_argument("offsets do not ascend");
-            if (offset[e + 1] > offset[e])
-                parts.push_back({from + offset[e] * a.x_stride, offset[e + 1] - offset[e], data[e],
-                                 nullptr, nullptr, to + offset[e] * a.out_stride});
-        }
+    const ExpertRows rows(x_, weights, k, offsets_, gated ? n / 2 : n, out_);
+    a.x_stride = rows.x_stride, a.out_stride = rows.out_stride;
+    launch("linear_experts", rows.most_weights() * shape.size() * (a.w_bf16 ? 2 : 4), [a, rows] {
+        const std::vector<LinearPart> parts = rows.parts();
         kernels().linear(a, parts.data(), int64_t(parts.size()));
     });
 }

@@ -8,24 +8,36 @@
 namespace hasten {
 namespace {
 
+Stored stored_as(const Tensor& pages) {
+    switch (pages.type()) {
+        case Type::f32: return Stored::f32;
+        case Type::bf16: return Stored::bf16;
+        case Type::i8: return Stored::i8;
+        default:
+            pages.fail_type(std::string("is ") + type_name(pages.type()) +
+                            ", not float32, bfloat16 or int8");
+    }
+}
+
 // Value pages without columns (padded 0) say that values lie in the keys.
 Pages pages_of(nb::handle k_, nb::handle v_, nb::handle table_, int64_t v_dim) {
     Tensor k("k_pages", k_), v("v_pages", v_), table("table", table_);
     k.has_shape({-1, -1, -1, PAGE}).contiguous();
     const bool in_keys = v.has_dims(4).shape(3) == 0;
-    const int64_t padded = in_keys ? 0 : (v_dim + 15) / 16 * 16;
-    v.has_shape({k.shape(0), k.shape(1), PAGE, padded}).contiguous();
-    if (in_keys && v_dim > k.shape(2))
-        v.fail("are empty, but keys of " + text(k.shape(2)) + " dimensions cannot hold values of " +
+    Pages g{};
+    g.k = k.as<void>(), g.v = v.as<void>(), g.type = stored_as(k);
+    g.pages = k.shape(0), g.heads = k.shape(1), g.v_dim = v_dim;
+    g.padded = in_keys ? 0 : (v_dim + 15) / 16 * 16;
+    g.dim = k.shape(2) - g.scale_rows();
+    if (g.dim < 0) k.fail("has no room for " + text(g.scale_rows()) + " rows of scales");
+    v.is(k.type()).has_shape({g.pages, g.heads, PAGE, g.padded}).contiguous();
+    if (in_keys && v_dim > g.dim)
+        v.fail("are empty, but keys of " + text(g.dim) + " dimensions cannot hold values of " +
                text(v_dim));
-    if (k.type() != Type::f32 && k.type() != Type::bf16)
-        k.fail_type(std::string("is ") + type_name(k.type()) + ", not float32 or bfloat16");
-    v.is(k.type());
     table.is(Type::i32).has_dims(3).contiguous();
-    return {k.as<void>(),   v.as<void>(),   k.type() == Type::bf16,
-            k.shape(0),     k.shape(1),     k.shape(2),
-            v_dim,          padded,         table.as<int32_t>(),
-            table.shape(0), table.shape(1), table.shape(2)};
+    g.table = table.as<int32_t>();
+    g.tables = table.shape(0), g.groups = table.shape(1), g.blocks = table.shape(2);
+    return g;
 }
 
 const int32_t* row_ints(const char* name, nb::handle object, int64_t rows) {
@@ -69,7 +81,7 @@ void check_append(const AppendArgs& a, int64_t angles) {
 
 void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::handle sin_,
             nb::handle positions_, nb::handle slots_, nb::handle table_row_, nb::handle table_,
-            nb::handle k_pages_, nb::handle v_pages_) {
+            nb::handle k_pages_, nb::handle v_pages_, bool rotate_keys) {
     AppendArgs a{};
     Tensor q("q", q_), k("k", k_), v("v", v_), cos("cos", cos_), sin("sin", sin_);
     Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_, v.has_dims(3).shape(2));
@@ -85,6 +97,7 @@ void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::ha
     a.k = k.floats(), a.k_stride = k.stride(0);
     a.v = v.floats(), a.v_stride = v.stride(0);
     a.cos = cos.floats(), a.sin = sin.floats(), a.half = cos.shape(1), a.rows = rows;
+    a.rotate_keys = rotate_keys;
     a.positions = row_ints("positions", positions_, rows);
     a.slots = row_ints("slots", slots_, rows);
     a.table_row = row_ints("table_row", table_row_, rows);
@@ -95,15 +108,11 @@ void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::ha
     });
 }
 
-// Checks what the rows say, cuts them into tiles and attends.
-void attend(AttentionArgs a) {
+// Checks what the rows say and attends.
+void attend(AttentionArgs a, int64_t angles) {
     const Pages& g = a.pages;
-    const int64_t kv_heads = g.groups * g.heads;
     check_table_rows(a.table_row, a.rows, g.tables);
-    const int64_t slots = g.blocks * PAGE, tile_queries = 16;
-    const int64_t tile_rows =
-        std::max<int64_t>(1, tile_queries * kv_heads / std::max<int64_t>(1, a.q_heads));
-    std::vector<int64_t> starts;
+    const int64_t slots = g.blocks * PAGE;
     for (int64_t i = 0; i < a.rows; i++) {
         if (a.base[i] < 0 || a.base[i] > slots)
             fail(where("base", i, a.base[i]) + ", but a table has " + text(slots) + " slots");
@@ -119,14 +128,13 @@ void attend(AttentionArgs a) {
         if (count && a.positions[i] - count + 1 < a.base[i])
             fail("row " + text(i) + " at position " + text(a.positions[i]) + " has a path of " +
                  text(count) + " nodes, which would begin before its base " + text(a.base[i]));
-        if (starts.empty() || a.table_row[i] != a.table_row[i - 1] ||
-            i - starts.back() == tile_rows)
-            starts.push_back(i);
+        const int64_t end = count ? a.positions[i] + 1 : int64_t(a.base[i]);
+        if (a.cos && end > angles)
+            fail("row " + text(i) + " sees position " + text(end - 1) + ", but cos has angles of " +
+                 text(angles) + " positions");
+        a.end = std::max(a.end, end);
         a.work += (a.base[i] + count) * a.q_heads * (g.dim + g.v_dim);
     }
-    starts.push_back(a.rows);
-    a.tile_start = starts.data();
-    a.tiles = int64_t(starts.size()) - 1;
     int64_t missing = 0;
     a.missing = &missing;
     kernels().attention(a);
@@ -139,8 +147,8 @@ void attend(AttentionArgs a) {
 
 void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::handle table_,
                nb::handle table_row_, nb::handle positions_, nb::handle base_, nb::handle mask_,
-               float scale, int64_t window, int64_t sinks, float cap, nb::handle out_,
-               nb::handle lse_) {
+               float scale, int64_t window, int64_t sinks, float cap, nb::handle cos_,
+               nb::handle sin_, nb::handle out_, nb::handle lse_) {
     AttentionArgs a{};
     Tensor q("q", q_), mask("mask", mask_), out("out", out_);
     const Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_, out.has_dims(3).shape(2));
@@ -164,7 +172,17 @@ void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::hand
     if (!lse_.is_none())
         a.lse = Tensor("lse", lse_).is(Type::f32).has_shape({rows, q_heads}).contiguous().floats();
 
-    launch("attention", 0, [a] { attend(a); });
+    int64_t angles = 0;
+    if (!cos_.is_none()) {
+        Tensor cos("cos", cos_), sin("sin", sin_);
+        cos.is(Type::f32).has_shape({-1, -1, PAGE}).contiguous();
+        sin.is(Type::f32).has_shape({cos.shape(0), cos.shape(1), PAGE}).contiguous();
+        if (2 * cos.shape(1) > g.dim)
+            cos.fail("rotates " + text(2 * cos.shape(1)) + " of " + text(g.dim) + " dimensions");
+        a.cos = cos.floats(), a.sin = sin.floats(), a.half = cos.shape(1);
+        angles = cos.shape(0) * PAGE;
+    }
+    launch("attention", 0, [a, angles] { attend(a, angles); });
 }
 
 void check_pages(const char* name, const int64_t* ids, int64_t count, int64_t pages) {
@@ -173,22 +191,25 @@ void check_pages(const char* name, const int64_t* ids, int64_t count, int64_t pa
             fail(where(name, i, ids[i]) + ", but there are " + text(pages) + " pages");
 }
 
-void check_storage(Tensor& k, Tensor& v) {
+// Pages over layers; of int8 keys the last rows are scales.
+Pages storage_of(Tensor& k, Tensor& v) {
     k.has_shape({-1, -1, -1, -1, PAGE}).contiguous();
-    v.has_shape({k.shape(0), k.shape(1), k.shape(2), PAGE, -1}).contiguous();
-    if (k.type() != Type::f32 && k.type() != Type::bf16)
-        k.fail_type(std::string("is ") + type_name(k.type()) + ", not float32 or bfloat16");
-    v.is(k.type());
+    v.is(k.type()).has_shape({k.shape(0), k.shape(1), k.shape(2), PAGE, -1}).contiguous();
+    Pages g{};
+    g.k = k.as<void>(), g.v = v.as<void>(), g.type = stored_as(k);
+    g.pages = k.shape(1), g.heads = k.shape(2), g.padded = v.shape(4);
+    g.dim = k.shape(3) - g.scale_rows();
+    if (g.dim < 0) k.fail("has no room for " + text(g.scale_rows()) + " rows of scales");
+    return g;
 }
 
 void copy_pages_(nb::handle k_, nb::handle v_, nb::handle src_, nb::handle dst_) {
     Tensor k("k", k_), v("v", v_), src("src", src_), dst("dst", dst_);
-    check_storage(k, v);
+    const Pages g = storage_of(k, v);
     src.is(Type::i64).has_dims(1).contiguous();
     dst.is(Type::i64).has_shape({src.shape(0)}).contiguous();
-    const int64_t item = k.type() == Type::bf16 ? 2 : 4, layers = k.shape(0), pages = k.shape(1);
-    const int64_t k_page = k.shape(2) * k.shape(3) * PAGE * item;
-    const int64_t v_page = v.shape(2) * PAGE * v.shape(4) * item, count = src.shape(0);
+    const int64_t layers = k.shape(0), pages = g.pages, count = src.shape(0);
+    const int64_t k_page = g.heads * g.k_page(), v_page = g.heads * g.v_page();
     const int64_t *from = src.as<int64_t>(), *to = dst.as<int64_t>();
     char *keys = k.as<char>(), *values = v.as<char>();
     launch("copy_pages", layers * count * (k_page + v_page), [=] {
@@ -202,11 +223,11 @@ void copy_pages_(nb::handle k_, nb::handle v_, nb::handle src_, nb::handle dst_)
 void move_slots_(nb::handle k_, nb::handle v_, nb::handle table_, nb::handle table_row_,
                  nb::handle src_, nb::handle dst_) {
     Tensor k("k", k_), v("v", v_), table("table", table_), rows("table_row", table_row_);
-    check_storage(k, v);
+    const Pages g = storage_of(k, v);
     table.is(Type::i32).has_dims(3).contiguous();
     rows.is(Type::i32).has_dims(1).contiguous();
-    MoveArgs a{k.as<void>(), v.as<void>(), k.shape(0), k.shape(1), k.shape(2), k.shape(3),
-               v.shape(4), k.type() == Type::bf16 ? 2 : 4, table.as<int32_t>(), table.shape(1),
+    MoveArgs a{g.k,      g.v,      k.shape(0), g.pages, g.heads, g.dim, g.padded,
+               g.item(), g.scale_rows() / SCALE_ROWS, table.as<int32_t>(), table.shape(1),
                table.shape(2), rows.as<int32_t>(), nullptr, nullptr, rows.shape(0)};
     a.src = row_ints("src_slot", src_, a.count);
     a.dst = row_ints("dst_slot", dst_, a.count);
@@ -225,10 +246,11 @@ void move_slots_(nb::handle k_, nb::handle v_, nb::handle table_, nb::handle tab
 void bind_pages(nb::module_& m) {
     using namespace nanobind::literals;
     m.def("append", &append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a,
-          "table_row"_a, "table"_a, "k_pages"_a, "v_pages"_a);
+          "table_row"_a, "table"_a, "k_pages"_a, "v_pages"_a,
+          "rotate_keys"_a = true);
     m.def("paged_attention", &attention, "q"_a, "k_pages"_a, "v_pages"_a, "table"_a,
           "table_row"_a, "positions"_a, "base"_a, "mask"_a, "scale"_a, "window"_a, "sinks"_a,
-          "softcap"_a, "out"_a, "lse"_a.none());
+          "softcap"_a, "cos"_a.none(), "sin"_a.none(), "out"_a, "lse"_a.none());
     m.def("copy_pages", &copy_pages_, "k"_a, "v"_a, "src"_a, "dst"_a);
     m.def("move_slots", &move_slots_, "k"_a, "v"_a, "table"_a, "table_row"_a, "src_slot"_a,
           "dst_slot"_a);

@@ -2,20 +2,24 @@
 //
 //   chunk c holds the positions [64 c, 64 c + 64); inside it, everything is indexed by the lane
 //   "position % 64", never by where the key is stored:
-//     score = scale * (fma over d ascending of q[d] k[d]), then the soft cap
+//     dot = fma over d ascending of q[d] k[d]; int8 pages: k[d] is the code, dot *= key scale
+//     score = scale * dot, then the soft cap
 //     m_c = max of the visible scores, p = exp(score - m_c), 0 where invisible
 //     l_c = sum of p by a fixed tree over the 64 lanes
-//     o_c = fma over visible positions ascending of p v
+//     o_c = fma over visible positions ascending of p v; int8 pages: of (p * value scale) code
 //   chunks are folded in ascending order: with m' = max(m, m_c), a = exp(m - m'),
 //   b = exp(m_c - m'): l = fma(l_c, b, l a), o = fma(o_c, b, o a); the output is o / l.
+//   Keys that are stored before the rotation are rotated as `append` would have (codes as if they
+//   were the key), with the angles of their position.
 //
-// A tile is a few rows of one sequence times query heads of one KV head. Its queries share
-// loads of keys and values, nothing else, so how rows are grouped cannot change a bit.
+// A tile is a few rows of one sequence times the query heads of one KV head. Its queries share
+// loads of keys and values, nothing else, so how rows are grouped cannot change a bit. The chunks of
+// a tile may be shared out to threads: each then leaves its (m_c, l_c, o_c), folded afterwards.
 //
-// Values are rows of their own pages, or the last dimensions of the keys (latent attention). The
-// latter are first copied out of the dimension-major pages, chunk by chunk.
+// Sums are taken over floats. Pages of another type, keys to be rotated and values that lie in keys
+// are first widened to a copy, chunk by chunk; so are the path nodes of a tree row, key by key.
 #include <cmath>
-#include <type_traits>
+#include <vector>
 
 #include "ops.h"
 
@@ -30,42 +34,24 @@ constexpr int QUERIES = 4, WIDTH = 4;
 constexpr int QUERIES = 2, WIDTH = 2;
 #endif
 constexpr int CHUNK_PAGES = CHUNK / PAGE;
+constexpr int64_t TILE_QUERIES = 128;
 
-// Pages of keys with the lane at which their scores go, and what is read after them: the values
-// of the same pages, then the keys of the next chunk (any page where there is none).
-template <class T>
+// Pages of keys with the lane at which their scores go, and what is read after them: a page of the
+// next keys and one of values, of which each dimension of a key fetches some bytes.
 struct KeyPages {
-    const T* k[CHUNK_PAGES];
+    const float* k[CHUNK_PAGES];
     int lane[CHUNK_PAGES];
-    const T *v[CHUNK_PAGES], *next_k[CHUNK_PAGES];
+    const char *next_k[CHUNK_PAGES], *next_v[CHUNK_PAGES];
+};
+struct FetchSteps {
+    int64_t k, v;
 };
 
-// out[lane][d] = k[from + d][lane] for the keys of a page; the padding up to `width` is zero
-template <class T>
-void values_of_page(const T* k, int64_t from, int64_t dim, int64_t width, float* out) {
-    for (int64_t d = 0; d < width; d += LANES) {
-        F16 part[LANES];
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            part[i] = d + i < dim ? load(k + (from + d + i) * PAGE) : zero();
-        transpose(part);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) store(out + i * width + d, part[i]);
-    }
-}
-
-// the same for one key of a page
-template <class T>
-void value_of_key(const T* k, int64_t from, int64_t dim, int64_t width, float* out) {
-    for (int64_t d = 0; d < dim; d++) out[d] = widen(k[(from + d) * PAGE]);
-    for (int64_t d = dim; d < width; d++) out[d] = 0.0f;
-}
-
 // scores[i][lane + j] = sum over d ascending of q[i][d] * k[d][j], for P pages from `first`
-template <class T, int Q, int P, bool FETCH>
-void dot_pages(const float* const* q, const KeyPages<T>& pages, int first, int64_t dim,
-               float* const* scores) {
-    const T* const* k = pages.k + first;
+template <int Q, int P, bool FETCH>
+void dot_pages(const float* const* q, const KeyPages& pages, int first, int64_t dim,
+               const FetchSteps& fetch, float* const* scores) {
+    const float* const* k = pages.k + first;
     F16 acc[Q][P];
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
@@ -77,8 +63,8 @@ void dot_pages(const float* const* q, const KeyPages<T>& pages, int first, int64
         for (int p = 0; p < P; p++) {
             key[p] = load(k[p] + d * PAGE);
             if (FETCH) {
-                __builtin_prefetch(pages.v[first + p] + d * PAGE, 0, 3);
-                __builtin_prefetch(pages.next_k[first + p] + d * PAGE, 0, 2);
+                __builtin_prefetch(pages.next_v[first + p] + d * fetch.v, 0, 2);
+                __builtin_prefetch(pages.next_k[first + p] + d * fetch.k, 0, 2);
             }
         }
 #pragma GCC unroll 4
@@ -94,78 +80,81 @@ void dot_pages(const float* const* q, const KeyPages<T>& pages, int first, int64
         for (int p = 0; p < P; p++) store(scores[i] + pages.lane[first + p], acc[i][p]);
 }
 
-template <class T, int Q, bool FETCH>
-void dot_pages_of(const float* const* q, const KeyPages<T>& pages, int count, int64_t dim,
-                  float* const* scores) {
+template <int Q, bool FETCH>
+void dot_pages_of(const float* const* q, const KeyPages& pages, int count, int64_t dim,
+                  const FetchSteps& fetch, float* const* scores) {
     for (int first = 0; first < count;) {
         const int n = count - first < WIDTH ? count - first : WIDTH;
         switch (n) {
-            case 1: dot_pages<T, Q, 1, FETCH>(q, pages, first, dim, scores); break;
-            case 2: dot_pages<T, Q, 2, FETCH>(q, pages, first, dim, scores); break;
+            case 1: dot_pages<Q, 1, FETCH>(q, pages, first, dim, fetch, scores); break;
+            case 2: dot_pages<Q, 2, FETCH>(q, pages, first, dim, fetch, scores); break;
 #if defined(__AVX512F__)
-            case 3: dot_pages<T, Q, 3, FETCH>(q, pages, first, dim, scores); break;
-            case 4: dot_pages<T, Q, 4, FETCH>(q, pages, first, dim, scores); break;
+            case 3: dot_pages<Q, 3, FETCH>(q, pages, first, dim, fetch, scores); break;
+            case 4: dot_pages<Q, 4, FETCH>(q, pages, first, dim, fetch, scores); break;
 #endif
         }
         first += n;
     }
 }
 
-template <class T, bool FETCH>
-void dot_some(const float* const* q, int queries, const KeyPages<T>& pages, int count, int64_t dim,
-              float* const* scores) {
+template <bool FETCH>
+void dot_some(const float* const* q, int queries, const KeyPages& pages, int count, int64_t dim,
+              const FetchSteps& fetch, float* const* scores) {
     switch (queries) {
-        case 1: dot_pages_of<T, 1, FETCH>(q, pages, count, dim, scores); break;
-        case 2: dot_pages_of<T, 2, FETCH>(q, pages, count, dim, scores); break;
+        case 1: dot_pages_of<1, FETCH>(q, pages, count, dim, fetch, scores); break;
+        case 2: dot_pages_of<2, FETCH>(q, pages, count, dim, fetch, scores); break;
 #if defined(__AVX512F__)
-        case 3: dot_pages_of<T, 3, FETCH>(q, pages, count, dim, scores); break;
-        case 4: dot_pages_of<T, 4, FETCH>(q, pages, count, dim, scores); break;
+        case 3: dot_pages_of<3, FETCH>(q, pages, count, dim, fetch, scores); break;
+        case 4: dot_pages_of<4, FETCH>(q, pages, count, dim, fetch, scores); break;
 #endif
     }
 }
 
-// scores of all queries; the first of them fetch what is read next
-template <class T>
-void dot_queries(const float* const* q, int queries, const KeyPages<T>& pages, int count,
-                 int64_t dim, float* const* scores) {
+// scores of all queries; with `fetch` the first of them fetch what is read next
+void dot_queries(const float* const* q, int queries, const KeyPages& pages, int count, int64_t dim,
+                 const FetchSteps* fetch, float* const* scores) {
     for (int i = 0; i < queries; i += QUERIES) {
         const int n = queries - i < QUERIES ? queries - i : QUERIES;
-        if (i == 0)
-            dot_some<T, true>(q, n, pages, count, dim, scores);
+        if (i == 0 && fetch)
+            dot_some<true>(q, n, pages, count, dim, *fetch, scores);
         else
-            dot_some<T, false>(q + i, n, pages, count, dim, scores + i);
+            dot_some<false>(q + i, n, pages, count, dim, {}, scores + i);
     }
 }
 
-// The state of one query: (m, l, o) over the chunks folded so far.
+// One query: (m, l, o) over the chunks folded so far, and those of the present chunk.
 struct Query {
     const float* q;
     float* scores;  // [64], then the weights p
     float* o;       // [width of a value]
     float m, l;
-    float keep, add;  // a and b of the fold of the present chunk
+    float m_c, l_c;
+    float keep, add;  // a and b of the fold
 };
 
-// o[i] = fma(sum over visible lanes ascending of p[i][lane] * v[lane], add[i], o[i] * keep[i])
-// for `W` vectors of the value row, starting at `offset`
-template <class T, int Q, int W>
-void add_values(Query* const* q, const T* const* v, uint64_t visible, int64_t offset) {
+// o[i] = fma(o_c, add[i], o[i] * keep[i]), or o_c alone without FOLD, for `W` vectors of the value
+// row from `offset`; o_c = sum over visible lanes ascending of p[i][lane] * v[lane]
+template <int Q, int W, bool FOLD>
+void add_values(Query* const* q, const float* const* v, uint64_t visible, int64_t offset) {
     F16 acc[Q][W];
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 4
         for (int w = 0; w < W; w++) acc[i][w] = zero();
+    const float* p[Q];
+#pragma GCC unroll 4
+    for (int i = 0; i < Q; i++) p[i] = q[i]->scores;
     for (uint64_t rest = visible; rest; rest &= rest - 1) {
         const int lane = __builtin_ctzll(rest);
-        const T* row = v[lane] + offset;
+        const float* row = v[lane] + offset;
         F16 value[W];
 #pragma GCC unroll 4
         for (int w = 0; w < W; w++) value[w] = load(row + w * LANES);
 #pragma GCC unroll 4
         for (int i = 0; i < Q; i++) {
-            const F16 p = splat(q[i]->scores[lane]);
+            const F16 weight = splat(p[i][lane]);
 #pragma GCC unroll 4
-            for (int w = 0; w < W; w++) acc[i][w] = fma(p, value[w], acc[i][w]);
+            for (int w = 0; w < W; w++) acc[i][w] = fma(weight, value[w], acc[i][w]);
         }
     }
 #pragma GCC unroll 4
@@ -174,74 +163,88 @@ void add_values(Query* const* q, const T* const* v, uint64_t visible, int64_t of
         float* o = q[i]->o + offset;
 #pragma GCC unroll 4
         for (int w = 0; w < W; w++)
-            store(o + w * LANES, fma(acc[i][w], add, load(o + w * LANES) * keep));
+            store(o + w * LANES,
+                  FOLD ? fma(acc[i][w], add, load(o + w * LANES) * keep) : acc[i][w]);
     }
 }
 
-template <class T, int Q>
-void add_values_of(Query* const* q, const T* const* v, uint64_t visible, int64_t width) {
+template <int Q, bool FOLD>
+void add_values_of(Query* const* q, const float* const* v, uint64_t visible, int64_t width) {
     for (int64_t offset = 0; offset < width;) {
         const int64_t left = (width - offset) / LANES;
         const int n = left < WIDTH ? int(left) : WIDTH;
         switch (n) {
-            case 1: add_values<T, Q, 1>(q, v, visible, offset); break;
-            case 2: add_values<T, Q, 2>(q, v, visible, offset); break;
+            case 1: add_values<Q, 1, FOLD>(q, v, visible, offset); break;
+            case 2: add_values<Q, 2, FOLD>(q, v, visible, offset); break;
 #if defined(__AVX512F__)
-            case 3: add_values<T, Q, 3>(q, v, visible, offset); break;
-            case 4: add_values<T, Q, 4>(q, v, visible, offset); break;
+            case 3: add_values<Q, 3, FOLD>(q, v, visible, offset); break;
+            case 4: add_values<Q, 4, FOLD>(q, v, visible, offset); break;
 #endif
         }
         offset += n * LANES;
     }
 }
 
-template <class T>
-void add_values_queries(Query* const* q, int queries, const T* const* v, uint64_t visible,
+template <bool FOLD>
+void add_values_queries(Query* const* q, int queries, const float* const* v, uint64_t visible,
                         int64_t width) {
     switch (queries) {
-        case 1: add_values_of<T, 1>(q, v, visible, width); break;
-        case 2: add_values_of<T, 2>(q, v, visible, width); break;
+        case 1: add_values_of<1, FOLD>(q, v, visible, width); break;
+        case 2: add_values_of<2, FOLD>(q, v, visible, width); break;
 #if defined(__AVX512F__)
-        case 3: add_values_of<T, 3>(q, v, visible, width); break;
-        case 4: add_values_of<T, 4>(q, v, visible, width); break;
+        case 3: add_values_of<3, FOLD>(q, v, visible, width); break;
+        case 4: add_values_of<4, FOLD>(q, v, visible, width); break;
 #endif
     }
 }
 
-// what scores are taken relative to: 0 where nothing was seen yet, since -inf - -inf is NaN
-HASTEN_INLINE float finite_reference(float m) { return m == -INFINITY ? 0.0f : m; }
+// Factors on the scores and weights of a chunk, lane by lane; null: none.
+struct Scales {
+    const float *key, *value;
+};
 
-HASTEN_INLINE void exp2x(float x, float y, float* ex, float* ey) {
-    float pair[LANES] = {x, y};
-    store(pair, exp(load(pair)));
-    *ex = pair[0];
-    *ey = pair[1];
-}
-
-// Turns the scores of a chunk into weights and prepares the fold of the query's state.
-HASTEN_INLINE void weigh(Query& q, uint64_t visible, float scale, float cap) {
+// Turns the scores of a chunk into weights, with their maximum and sum.
+HASTEN_INLINE void weigh(Query& q, uint64_t visible, const Scales& scales, float scale, float cap) {
     F16 s[CHUNK_PAGES];
     F16 top = splat(-INFINITY);
 #pragma GCC unroll 4
     for (int j = 0; j < CHUNK_PAGES; j++) {
-        F16 x = load(q.scores + j * LANES) * splat(scale);
+        F16 x = load(q.scores + j * LANES);
+        if (scales.key) x = x * load(scales.key + j * LANES);
+        x = x * splat(scale);
         if (cap > 0.0f) x = splat(cap) * tanh(x / splat(cap));
         s[j] = select(uint32_t(visible >> (j * LANES)) & 0xffff, x, splat(-INFINITY));
         top = max(top, s[j]);
     }
-    const float m_c = max(top);
-    const F16 shift = splat(finite_reference(m_c));
+    q.m_c = max(top);
+    // 0 where nothing was seen, since -inf - -inf is NaN
+    const F16 shift = splat(q.m_c == -INFINITY ? 0.0f : q.m_c);
 #pragma GCC unroll 4
     for (int j = 0; j < CHUNK_PAGES; j++) {
         s[j] = exp(s[j] - shift);
-        store(q.scores + j * LANES, s[j]);
+        store(q.scores + j * LANES,
+              scales.value ? s[j] * load(scales.value + j * LANES) : s[j]);
     }
-    const float l_c = sum((s[0] + s[1]) + (s[2] + s[3]));
-    const float m = q.m > m_c ? q.m : m_c;
-    const float reference = finite_reference(m);
-    exp2x(q.m - reference, m_c - reference, &q.keep, &q.add);
-    q.l = __builtin_fmaf(l_c, q.add, q.l * q.keep);
-    q.m = m;
+    q.l_c = sum((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+// Folds m and l of up to LANES queries and leaves the factors with which o is folded.
+void fold(Query* const* q, int queries) {
+    float m[LANES] = {}, m_c[LANES] = {}, l[LANES] = {}, l_c[LANES] = {};
+    for (int i = 0; i < queries; i++) {
+        m[i] = q[i]->m, m_c[i] = q[i]->m_c;
+        l[i] = q[i]->l, l_c[i] = q[i]->l_c;
+    }
+    const F16 old = load(m), now = load(m_c), top = max(old, now);
+    const F16 shift = select(less(top, splat(-3.40282347e38f)), zero(), top);  // as in weigh
+    const F16 keep = exp(old - shift), add = exp(now - shift);
+    const F16 total = fma(load(l_c), add, load(l) * keep);
+    float a[LANES], b[LANES];
+    store(m, top), store(l, total), store(a, keep), store(b, add);
+    for (int i = 0; i < queries; i++) {
+        q[i]->m = m[i], q[i]->l = l[i];
+        q[i]->keep = a[i], q[i]->add = b[i];
+    }
 }
 
 // bits of the positions [from, to) within the chunk that starts at `start`
@@ -256,7 +259,7 @@ HASTEN_INLINE uint64_t lanes_between(int64_t from, int64_t to, int64_t start) {
 
 // What one row sees. Path: its visible slots beyond `base`, at consecutive positions.
 struct Row {
-    int64_t position, base, window_from, sinks;
+    int64_t base, window_from, sinks;
     int64_t path_from, path_size;  // position of the first path node, number of nodes
     int32_t* path;                 // slots of the nodes
     uint64_t committed, tree;      // lanes visible in the present chunk
@@ -278,77 +281,178 @@ struct Scratch {
     }
 };
 
-// Rows of one sequence times the query heads [first_head, first_head + group) of a KV head.
-struct TileOf {
-    int64_t first_row, rows, kv_head, first_head, group;
+// Where tiles of which the chunks are shared out leave (m_c, l_c, o_c).
+struct Partials {
+    float* data;  // null: fold at once
+    int64_t chunks, width;
+
+    // o [width], m, l, and 1 if the query saw something in the chunk
+    float* of(int64_t query, int64_t chunk) const {
+        return data + (query * chunks + chunk) * (width + LANES);
+    }
 };
 
-template <class T, bool VALUES_IN_KEYS>
-void attend_tile(const AttentionArgs& a, const TileOf& tile) {
-    typedef std::conditional_t<VALUES_IN_KEYS, float, T> V;
-    const Pages& g = a.pages;
-    const int64_t first_row = tile.first_row, rows = tile.rows, kv_head = tile.kv_head;
-    const int64_t first_head = tile.first_head, group = tile.group, queries = rows * group;
-    const int64_t width = (g.v_dim + LANES - 1) / LANES * LANES, v_from = g.dim - g.v_dim;
-    const int64_t value_room = VALUES_IN_KEYS ? CHUNK * width : 0;
-    const int32_t* table =
-        g.table + (a.table_row[first_row] * g.groups + kv_head / g.heads) * g.blocks;
-    const int64_t k_page = g.dim * PAGE, v_page = PAGE * g.padded;
-    const T* k_head = (const T*)g.k + kv_head % g.heads * k_page;
-    const T* v_head = (const T*)g.v + kv_head % g.heads * v_page;
-
-    const int64_t path_room = a.words * 64;
-    const int64_t bytes = rows * int64_t(sizeof(Row)) + rows * path_room * 4 +
-                          queries * int64_t(sizeof(Query) + 2 * sizeof(void*)) +
-                          queries * (CHUNK + width) * 4 + 2 * group * (PAGE * 4 + 8) +
-                          2 * CHUNK * 8 + 2 * value_room * 4 + 64 * 16;
-    Scratch memory{(char*)scratch(size_t(bytes))};
-    Row* row = memory.take<Row>(rows);
-    Query* query = memory.take<Query>(queries);
-    const float** q_of = memory.take<const float*>(queries);
-    float** scores_of = memory.take<float*>(queries);
-    float* scores = memory.take<float>(queries * CHUNK);
-    float* outputs = memory.take<float>(queries * width);
-    float* node_scores = memory.take<float>(group * PAGE);
-    float** node_scores_of = memory.take<float*>(group);
-    const V** values = memory.take<const V*>(CHUNK);
-    const V** tree_values = memory.take<const V*>(CHUNK);
-    float* copied = memory.take<float>(value_room);  // values out of keys, if they lie there
-    float* tree_copied = memory.take<float>(value_room);
-    int32_t* paths = memory.take<int32_t>(rows * path_room);
-
-    int64_t end = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t index = first_row + r;
-        Row& it = row[r];
-        it.position = a.positions[index];
-        it.base = a.base[index];
-        it.window_from = a.window > 0 && it.position >= a.window ? it.position - a.window + 1 : 0;
-        it.sinks = a.sinks;
-        it.path = paths + r * path_room;
-        it.path_size = 0;
-        for (int64_t w = 0; w < a.words; w++)
-            for (uint64_t bits = a.mask[index * a.words + w]; bits; bits &= bits - 1)
-                it.path[it.path_size++] = int32_t(it.base + w * 64 + __builtin_ctzll(bits));
-        it.path_from = it.position - it.path_size + 1;
-        if (it.path_size == 0) it.path_from = 0;
-        end = it.end() > end ? it.end() : end;
+void widen_page(const void* from, Stored type, int64_t count, float* to) {
+    switch (type) {
+        case Stored::f32: memcpy(to, from, size_t(count) * 4); break;
+        case Stored::bf16:
+            for (int64_t i = 0; i < count; i += LANES) store(to + i, load((const bf16*)from + i));
+            break;
+        case Stored::i8:
+            for (int64_t i = 0; i < count; i++) to[i] = widen(((const int8_t*)from)[i]);
+            break;
     }
-    for (int64_t i = 0; i < queries; i++) {
-        Query& it = query[i];
-        it.q = a.q + (first_row + i / group) * a.q_stride + (first_head + i % group) * g.dim;
-        it.scores = scores + i * CHUNK;
-        it.o = outputs + i * width;
-        it.m = -INFINITY;
-        it.l = 0.0f;
-        for (int64_t d = 0; d < width; d += LANES) store(it.o + d, zero());
-    }
-    for (int64_t i = 0; i < group; i++) node_scores_of[i] = node_scores + i * PAGE;
+}
 
-    for (int64_t start = 0; start < end; start += CHUNK) {
-        // who sees what
+// A key of a page: to[d * step] = from[d * PAGE]
+void widen_key(const void* from, int64_t at, Stored type, int64_t dim, float* to, int64_t step) {
+    switch (type) {
+        case Stored::f32:
+            for (int64_t d = 0; d < dim; d++) to[d * step] = ((const float*)from)[d * PAGE + at];
+            break;
+        case Stored::bf16:
+            for (int64_t d = 0; d < dim; d++)
+                to[d * step] = widen(((const bf16*)from)[d * PAGE + at]);
+            break;
+        case Stored::i8:
+            for (int64_t d = 0; d < dim; d++)
+                to[d * step] = widen(((const int8_t*)from)[d * PAGE + at]);
+            break;
+    }
+}
+
+// Rows of one sequence times the query heads of a KV head.
+class Tile {
+  public:
+    Tile(const AttentionArgs& args, const Partials& partials, int64_t first_row, int64_t rows,
+         int64_t kv_head)
+        : a(args), g(args.pages), partials(partials), first_row(first_row), rows(rows),
+          group(a.q_heads / (g.groups * g.heads)), first_head(kv_head * group),
+          queries(rows * group), width((g.v_dim + LANES - 1) / LANES * LANES),
+          table(g.table + (a.table_row[first_row] * g.groups + kv_head / g.heads) * g.blocks),
+          k_head((const char*)g.k + kv_head % g.heads * g.k_page()),
+          v_head((const char*)g.v + kv_head % g.heads * g.v_page()) {
+        const int64_t path_room = a.words * 64;
+        const int64_t key_room = CHUNK * g.dim, value_room = CHUNK * width;
+        const int64_t bytes = rows * int64_t(sizeof(Row)) + rows * path_room * 4 +
+                              queries * int64_t(sizeof(Query) + 2 * sizeof(void*)) +
+                              queries * (CHUNK + width) * 4 + group * CHUNK * 4 + group * 8 +
+                              2 * CHUNK * 8 + 2 * (key_room + value_room + 2 * CHUNK) * 4 +
+                              64 * 20;
+        Scratch memory{(char*)scratch(size_t(bytes))};
+        row = memory.take<Row>(rows);
+        query = memory.take<Query>(queries);
+        q_of = memory.take<const float*>(queries);
+        scores_of = memory.take<float*>(queries);
+        float* scores = memory.take<float>(queries * CHUNK);
+        float* outputs = memory.take<float>(queries * width);
+        float* node_scores = memory.take<float>(group * CHUNK);
+        node_scores_of = memory.take<float*>(group);
+        values = memory.take<const float*>(CHUNK);
+        row_values = memory.take<const float*>(CHUNK);
+        key_copy = memory.take<float>(key_room), node_keys = memory.take<float>(key_room);
+        value_copy = memory.take<float>(value_room), node_values = memory.take<float>(value_room);
+        key_scale = memory.take<float>(CHUNK), value_scale = memory.take<float>(CHUNK);
+        row_key_scale = memory.take<float>(CHUNK), row_value_scale = memory.take<float>(CHUNK);
+        int32_t* paths = memory.take<int32_t>(rows * path_room);
+
+        end = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t index = first_row + r, position = a.positions[index];
+            Row& it = row[r];
+            it.base = a.base[index];
+            it.window_from = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+            it.sinks = a.sinks;
+            it.path = paths + r * path_room;
+            it.path_size = 0;
+            for (int64_t w = 0; w < a.words; w++)
+                for (uint64_t bits = a.mask[index * a.words + w]; bits; bits &= bits - 1)
+                    it.path[it.path_size++] = int32_t(it.base + w * 64 + __builtin_ctzll(bits));
+            it.path_from = it.path_size ? position - it.path_size + 1 : 0;
+            end = it.end() > end ? it.end() : end;
+        }
+        for (int64_t i = 0; i < queries; i++) {
+            Query& it = query[i];
+            it.q = a.q + (first_row + i / group) * a.q_stride + (first_head + i % group) * g.dim;
+            it.scores = scores + i * CHUNK;
+            it.o = outputs + i * width;
+            it.m = -INFINITY;
+            it.l = 0.0f;
+            for (int64_t d = 0; d < width; d += LANES) store(it.o + d, zero());
+        }
+        for (int64_t i = 0; i < group; i++) node_scores_of[i] = node_scores + i * CHUNK;
+    }
+
+    // Chunks [from, to) of all; false if a page is missing.
+    bool run(int64_t from, int64_t to) {
+        for (int64_t chunk = from; chunk < to && chunk * CHUNK < end; chunk++)
+            if (!run_chunk(chunk)) return false;
+        return true;
+    }
+
+    // Folds what `run` over all chunks left.
+    void fold_partials() {
+        for (int64_t first = 0; first < queries; first += LANES)
+            for (int64_t chunk = 0; chunk * CHUNK < end; chunk++) {
+                Query* seen[LANES];
+                const float* part[LANES];
+                int n = 0;
+                for (int64_t i = first; i < queries && i < first + LANES; i++) {
+                    const float* from = partials.of(index_of(i), chunk);
+                    if (from[width + 2] == 0.0f) continue;
+                    query[i].m_c = from[width], query[i].l_c = from[width + 1];
+                    part[n] = from, seen[n++] = &query[i];
+                }
+                if (n) fold(seen, n);
+                for (int i = 0; i < n; i++)
+                    for (int64_t d = 0; d < width; d += LANES) {
+                        float* o = seen[i]->o + d;
+                        store(o, fma(load(part[i] + d), splat(seen[i]->add),
+                                     load(o) * splat(seen[i]->keep)));
+                    }
+            }
+    }
+
+    void write() const {
+        for (int64_t i = 0; i < queries; i++) {
+            const Query& it = query[i];
+            const int64_t index = index_of(i);
+            float* out = a.out + index * g.v_dim;
+            const bool empty = it.l == 0.0f;
+            for (int64_t d = 0; d < g.v_dim; d += LANES) {
+                const int n = g.v_dim - d < LANES ? int(g.v_dim - d) : LANES;
+                store_first(out + d, empty ? zero() : load(it.o + d) / splat(it.l), n);
+            }
+            if (a.lse)
+                a.lse[index] = empty ? -INFINITY : float(double(it.m) + std::log(double(it.l)));
+        }
+    }
+
+  private:
+    int64_t index_of(int64_t i) const {
+        return (first_row + i / group) * a.q_heads + first_head + i % group;
+    }
+
+    // The page of a block, or -1 after it was reported as missing for row `r`.
+    int64_t page_of(int64_t block, int64_t r) const {
+        const int64_t page = table[block];
+        if (page >= 0 && page < g.pages) return page;
+        __atomic_store_n(a.missing, 1 + (first_row + r) * g.blocks + block, __ATOMIC_RELAXED);
+        return -1;
+    }
+    const char* keys_of(int64_t page) const { return k_head + page * g.heads * g.k_page(); }
+    const char* values_of(int64_t page) const { return v_head + page * g.heads * g.v_page(); }
+    const float* scales_of(int64_t page) const {
+        return (const float*)(keys_of(page) + g.dim * PAGE);
+    }
+    const float* angles(const float* table, int64_t position) const {
+        return table + position / PAGE * a.half * PAGE + position % PAGE;
+    }
+
+    bool run_chunk(int64_t chunk) {
+        const int64_t start = chunk * CHUNK;
         uint64_t committed = 0, any = 0;
-        int64_t active = 0;
+        int active = 0;
         for (int64_t r = 0; r < rows; r++) {
             Row& it = row[r];
             const uint64_t window = it.in_window(start);
@@ -362,148 +466,276 @@ void attend_tile(const AttentionArgs& a, const TileOf& tile) {
                     scores_of[active++] = query[i].scores;
                 }
         }
-        if (!any) continue;
-
-        // committed keys: slot == position, so a page fills 16 lanes
-        KeyPages<T> pages;
-        int count = 0;
-        for (int j = 0; j < CHUNK_PAGES; j++) {
-            if (!(committed >> (j * PAGE) & 0xffff)) continue;
-            const int64_t block = start / PAGE + j;
-            const int64_t page = table[block];
-            if (page < 0 || page >= g.pages) {
-                __atomic_store_n(a.missing, 1 + first_row * g.blocks + block, __ATOMIC_RELAXED);
-                return;
+        if (partials.data)
+            for (int64_t i = 0; i < queries; i++) {
+                const Row& it = row[i / group];
+                partials.of(index_of(i), chunk)[width + 2] = it.committed | it.tree ? 1.0f : 0.0f;
             }
-            const T* k = k_head + page * g.heads * k_page;
-            const T* v = v_head + page * g.heads * v_page;
-            if constexpr (VALUES_IN_KEYS) {
-                values_of_page(k, v_from, g.v_dim, width, copied + j * PAGE * width);
-                for (int i = j * PAGE; i < (j + 1) * PAGE; i++) values[i] = copied + i * width;
-                v = k;
-            } else {
-                for (int i = 0; i < PAGE; i++) values[j * PAGE + i] = v + i * g.padded;
-            }
-            const int64_t next = block + CHUNK_PAGES < g.blocks ? table[block + CHUNK_PAGES] : -1;
-            pages.k[count] = k;
-            pages.v[count] = v;
-            pages.next_k[count] =
-                k_head + (next >= 0 && next < g.pages ? next : page) * g.heads * k_page;
-            pages.lane[count++] = j * PAGE;
-        }
-        dot_queries<T>(q_of, int(active), pages, count, g.dim, scores_of);
-
+        if (!any) return true;
+        if (committed && !score_committed(start, committed, active)) return false;
+        for (int i = 0; i < CHUNK; i++) staged[i] = -1;
         for (int64_t r = 0; r < rows;) {
-            Row& it = row[r];
+            const Row& it = row[r];
             const uint64_t visible = it.committed | it.tree;
             if (!visible) {
                 r++;
                 continue;
             }
-            const V* const* v = values;
             int64_t same = 1;  // rows that see the same keys and can share the loads of values
             if (it.tree) {
-                // path nodes: score the pages they lie in, take the lane of each node
-                for (int i = 0; i < CHUNK; i++) tree_values[i] = values[i];
-                int64_t scored = -1;
-                const T *node_k = nullptr, *node_v = nullptr;
-                for (uint64_t bits = it.tree; bits; bits &= bits - 1) {
-                    const int at = __builtin_ctzll(bits);
-                    const int64_t slot = it.path[start + at - it.path_from];
-                    if (slot / PAGE != scored) {
-                        scored = slot / PAGE;
-                        const int64_t page = table[scored];
-                        if (page < 0 || page >= g.pages) {
-                            __atomic_store_n(a.missing, 1 + (first_row + r) * g.blocks + scored,
-                                             __ATOMIC_RELAXED);
-                            return;
-                        }
-                        KeyPages<T> nodes;
-                        nodes.k[0] = node_k = k_head + page * g.heads * k_page;
-                        nodes.lane[0] = 0;
-                        for (int64_t i = 0; i < group; i++) q_of[i] = query[r * group + i].q;
-                        for (int64_t i = 0; i < group; i += QUERIES)
-                            dot_some<T, false>(
-                                q_of + i, group - i < QUERIES ? int(group - i) : QUERIES, nodes, 1,
-                                g.dim, node_scores_of + i);
-                        node_v = v_head + page * g.heads * v_page;
-                    }
-                    for (int64_t i = 0; i < group; i++)
-                        query[r * group + i].scores[at] = node_scores_of[i][slot % PAGE];
-                    if constexpr (VALUES_IN_KEYS) {
-                        float* copy = tree_copied + at * width;
-                        value_of_key(node_k + slot % PAGE, v_from, g.v_dim, width, copy);
-                        tree_values[at] = copy;
-                    } else {
-                        tree_values[at] = node_v + slot % PAGE * g.padded;
-                    }
-                }
-                v = tree_values;
+                if (!score_path(start, r)) return false;
+                add(chunk, r, 1, visible, row_values, {row_key_scale, row_value_scale});
             } else {
-                while (r + same < rows && !row[r + same].tree &&
-                       row[r + same].committed == visible)
+                while (r + same < rows && !row[r + same].tree && row[r + same].committed == visible)
                     same++;
-            }
-            const int64_t to = (r + same) * group;
-            for (int64_t i = r * group; i < to; i += QUERIES) {
-                const int n = to - i < QUERIES ? int(to - i) : QUERIES;
-                Query* these[QUERIES];
-                for (int j = 0; j < n; j++) {
-                    these[j] = &query[i + j];
-                    weigh(query[i + j], visible, a.scale, a.softcap);
-                }
-                add_values_queries<V>(these, n, v, visible, width);
+                add(chunk, r, same, visible, values, {key_scale, value_scale});
             }
             r += same;
         }
+        return true;
     }
 
-    for (int64_t i = 0; i < queries; i++) {
-        const Query& it = query[i];
-        const int64_t index = (first_row + i / group) * a.q_heads + first_head + i % group;
-        float* out = a.out + index * g.v_dim;
-        const bool empty = it.l == 0.0f;
-        for (int64_t d = 0; d < g.v_dim; d += LANES) {
-            const int n = g.v_dim - d < LANES ? int(g.v_dim - d) : LANES;
-            store_first(out + d, empty ? zero() : load(it.o + d) / splat(it.l), n);
+    // Committed keys: slot == position, so a page fills PAGE lanes.
+    bool score_committed(int64_t start, uint64_t committed, int active) {
+        KeyPages pages;
+        int count = 0;
+        for (int j = 0; j < CHUNK_PAGES; j++) {
+            if (!(committed >> (j * PAGE) & 0xffff)) continue;
+            const int64_t block = start / PAGE + j, page = page_of(block, 0);
+            if (page < 0) return false;
+            const int64_t lane = j * PAGE;
+            const float* k = widened_keys(page, block, key_copy + lane * g.dim);
+            widened_values(page, k, lane);
+            if (g.type == Stored::i8) {
+                memcpy(key_scale + lane, scales_of(page), PAGE * 4);
+                memcpy(value_scale + lane, scales_of(page) + (g.padded ? PAGE : 0), PAGE * 4);
+            }
+            int64_t next = block + CHUNK_PAGES < g.blocks ? table[block + CHUNK_PAGES] : -1;
+            if (next < 0 || next >= g.pages) next = page;
+            pages.next_k[count] = keys_of(next);
+            pages.next_v[count] = g.padded ? values_of(next) : keys_of(next);
+            pages.k[count] = k;
+            pages.lane[count++] = int(lane);
         }
-        if (a.lse) a.lse[index] = empty ? -INFINITY : float(double(it.m) + std::log(double(it.l)));
+        const FetchSteps fetch{g.k_page() / g.dim, g.v_page() / g.dim};
+        dot_queries(q_of, active, pages, count, g.dim, &fetch, scores_of);
+        return true;
     }
-}
 
-template <class T, bool VALUES_IN_KEYS>
-void attention_of(const AttentionArgs& a) {
-    const int64_t kv_heads = a.pages.groups * a.pages.heads, group = a.q_heads / kv_heads;
-    // threads that would idle share the query heads of a KV head
-    int64_t parts = 1;
-    while (kv_heads * a.tiles * parts < num_threads() && group >= 2 * parts * QUERIES) parts *= 2;
-    // all tiles of a head after each other: their keys stay in the second-level cache
-    parallel(kv_heads * a.tiles * parts, 1, a.work, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; item++) {
-            const int64_t head = item / (a.tiles * parts), part = item % parts;
-            const int64_t* rows = a.tile_start + item / parts % a.tiles;
-            const int64_t from = group * part / parts, to = group * (part + 1) / parts;
-            attend_tile<T, VALUES_IN_KEYS>(
-                a, {rows[0], rows[1] - rows[0], head, head * group + from, to - from});
+    // A page of keys as floats, rotated: itself, or a copy.
+    const float* widened_keys(int64_t page, int64_t block, float* copy) const {
+        const char* keys = keys_of(page);
+        if (g.type == Stored::f32 && !a.cos) return (const float*)keys;
+        widen_page(keys, g.type, g.dim * PAGE, copy);
+        if (a.cos) {
+            const float *cos = angles(a.cos, block * PAGE), *sin = angles(a.sin, block * PAGE);
+            float* other = copy + a.half * PAGE;
+            for (int64_t j = 0; j < a.half * PAGE; j += LANES) {
+                const F16 x = load(copy + j), y = load(other + j);
+                const F16 c = load(cos + j), s = load(sin + j);
+                store(copy + j, fma(x, c, y * (s * splat(-1.0f))));
+                store(other + j, fma(y, c, x * s));
+            }
         }
-    });
-}
+        return copy;
+    }
 
-template <class T>
-void attention_in(const AttentionArgs& a) {
-    if (a.pages.padded == 0)
-        attention_of<T, true>(a);
-    else
-        attention_of<T, false>(a);
-}
+    // Points values[lane..] at rows of floats: those of the page, or copies.
+    void widened_values(int64_t page, const float* keys, int64_t lane) {
+        const float* from;
+        float* copy = value_copy + lane * width;
+        if (g.padded == 0) {
+            values_in_keys(keys, copy);
+            from = copy;
+        } else if (g.type == Stored::f32) {
+            from = (const float*)values_of(page);
+        } else {
+            widen_page(values_of(page), g.type, PAGE * g.padded, copy);
+            from = copy;
+        }
+        for (int i = 0; i < PAGE; i++) values[lane + i] = from + i * width;
+    }
+
+    // out[lane][d] = k[dim - v_dim + d][lane] for the keys of a page; the padding is zero
+    void values_in_keys(const float* k, float* out) const {
+        const int64_t from = g.dim - g.v_dim;
+        for (int64_t d = 0; d < width; d += LANES) {
+            F16 part[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                part[i] = d + i < g.v_dim ? load(k + (from + d + i) * PAGE) : zero();
+            transpose(part);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(out + i * width + d, part[i]);
+        }
+    }
+
+    // Path nodes of row `r` in the chunk: each is copied to the lane of its position, then scored
+    // like a page. Rows before may have left the same node there.
+    bool score_path(int64_t start, int64_t r) {
+        const Row& it = row[r];
+        memcpy(row_values, values, CHUNK * sizeof(*values));
+        if (g.type == Stored::i8) {
+            memcpy(row_key_scale, key_scale, CHUNK * 4);
+            memcpy(row_value_scale, value_scale, CHUNK * 4);
+        }
+        for (uint64_t bits = it.tree; bits; bits &= bits - 1) {
+            const int lane = __builtin_ctzll(bits);
+            const int64_t slot = it.path[start + lane - it.path_from];
+            const int64_t page = page_of(slot / PAGE, r), at = slot % PAGE;
+            if (page < 0) return false;
+            if (staged[lane] != slot) {
+                staged[lane] = slot;
+                copy_node(page, at, start + lane, lane);
+            }
+            row_values[lane] = node_values + lane * width;
+            if (g.type == Stored::i8) {
+                row_key_scale[lane] = scales_of(page)[at];
+                row_value_scale[lane] = scales_of(page)[(g.padded ? PAGE : 0) + at];
+            }
+        }
+        KeyPages pages;
+        int count = 0;
+        for (int j = 0; j < CHUNK_PAGES; j++)
+            if (it.tree >> (j * PAGE) & 0xffff) {
+                pages.k[count] = node_keys + j * PAGE * g.dim;
+                pages.lane[count++] = j * PAGE;
+            }
+        for (int64_t i = 0; i < group; i++) q_of[i] = query[r * group + i].q;
+        dot_queries(q_of, int(group), pages, count, g.dim, nullptr, node_scores_of);
+        for (int64_t i = 0; i < group; i++)
+            for (int j = 0; j < count; j++) {
+                float* scores = query[r * group + i].scores + pages.lane[j];
+                const uint32_t nodes = uint32_t(it.tree >> pages.lane[j]) & 0xffff;
+                store(scores, select(nodes, load(node_scores_of[i] + pages.lane[j]), load(scores)));
+            }
+        return true;
+    }
+
+    void copy_node(int64_t page, int64_t at, int64_t position, int lane) const {
+        float* key = node_keys + lane / PAGE * PAGE * g.dim + lane % PAGE;
+        widen_key(keys_of(page), at, g.type, g.dim, key, PAGE);
+        if (a.cos) {
+            const float *cos = angles(a.cos, position), *sin = angles(a.sin, position);
+            for (int64_t j = 0; j < a.half; j++) {
+                float &x = key[j * PAGE], &y = key[(j + a.half) * PAGE];
+                const float c = cos[j * PAGE], s = sin[j * PAGE], old = x;
+                x = __builtin_fmaf(old, c, -(y * s));
+                y = __builtin_fmaf(y, c, old * s);
+            }
+        }
+        float* value = node_values + lane * width;
+        if (g.padded) {
+            widen_page(values_of(page) + at * g.padded * g.item(), g.type, g.padded, value);
+        } else {
+            for (int64_t d = 0; d < g.v_dim; d++) value[d] = key[(g.dim - g.v_dim + d) * PAGE];
+            for (int64_t d = g.v_dim; d < width; d++) value[d] = 0.0f;
+        }
+    }
+
+    // Weighs the scores of the rows [r, r + count), which see the same keys, and adds the values.
+    void add(int64_t chunk, int64_t r, int64_t count, uint64_t visible, const float* const* v,
+             Scales scales) {
+        if (g.type != Stored::i8) scales = {nullptr, nullptr};
+        const int64_t to = (r + count) * group;
+        for (int64_t first = r * group; first < to; first += LANES) {
+            const int n = to - first < LANES ? int(to - first) : LANES;
+            Query* these[LANES];
+            for (int i = 0; i < n; i++) {
+                these[i] = &query[first + i];
+                weigh(*these[i], visible, scales, a.scale, a.softcap);
+            }
+            if (partials.data) {
+                for (int i = 0; i < n; i++) {
+                    float* part = partials.of(index_of(first + i), chunk);
+                    these[i]->o = part;
+                    part[width] = these[i]->m_c, part[width + 1] = these[i]->l_c;
+                }
+            } else {
+                fold(these, n);
+            }
+            for (int i = 0; i < n; i += QUERIES) {
+                const int some = n - i < QUERIES ? n - i : QUERIES;
+                if (partials.data)
+                    add_values_queries<false>(these + i, some, v, visible, width);
+                else
+                    add_values_queries<true>(these + i, some, v, visible, width);
+            }
+        }
+    }
+
+    const AttentionArgs& a;
+    const Pages& g;
+    const Partials& partials;
+    const int64_t first_row, rows, group, first_head, queries, width;
+    const int32_t* table;
+    const char *k_head, *v_head;
+    int64_t end;  // of the positions that some row sees
+
+    Row* row;
+    Query* query;
+    const float** q_of;  // of the queries that are scored together
+    float** scores_of;
+    float** node_scores_of;
+    const float **values, **row_values;   // rows of values by lane: committed ones, those of a row
+    float *key_copy, *value_copy;         // committed keys and values as floats
+    float *node_keys, *node_values;       // path nodes at the lanes of their positions ...
+    int64_t staged[CHUNK];                // ... and the slots that they were copied from
+    float *key_scale, *value_scale;       // by lane, committed
+    float *row_key_scale, *row_value_scale;
+};
+
+thread_local std::vector<float> partial_memory;
 
 }  // namespace
 
 void attention(const AttentionArgs& a) {
-    if (a.pages.bf16)
-        attention_in<bf16>(a);
-    else
-        attention_in<float>(a);
+    const Pages& g = a.pages;
+    const int64_t kv_heads = g.groups * g.heads, threads = num_threads();
+    const int64_t width = (g.v_dim + LANES - 1) / LANES * LANES;
+    if (a.rows == 0 || a.q_heads == 0) return;
+
+    // tiles: [start[t], start[t + 1]), large where there is work for all threads nevertheless
+    int64_t tile_rows = TILE_QUERIES * kv_heads / a.q_heads;
+    while (tile_rows > 16 && a.rows * kv_heads < 4 * threads * tile_rows) tile_rows /= 2;
+    if (tile_rows < 1) tile_rows = 1;
+    std::vector<int64_t> start;
+    for (int64_t i = 0; i < a.rows; i++)
+        if (i == 0 || a.table_row[i] != a.table_row[i - 1] || i - start.back() == tile_rows)
+            start.push_back(i);
+    const int64_t tiles = int64_t(start.size());
+    start.push_back(a.rows);
+
+    // chunks are shared out where tiles alone would leave threads idle
+    const int64_t chunks = (a.end + CHUNK - 1) / CHUNK, items = kv_heads * tiles;
+    int64_t spans = 1;
+    if (items < 4 * threads && items % threads && chunks > 1)
+        spans = chunks < threads ? chunks : threads;
+    Partials partials{nullptr, chunks, width};
+    if (spans > 1) {
+        const size_t size = size_t(a.rows * a.q_heads * chunks * (width + LANES));
+        if (partial_memory.size() < size) partial_memory.resize(size);
+        partials.data = partial_memory.data();
+    }
+    // all tiles of a head after each other: their keys stay in the second-level cache
+    parallel(items * spans, 1, a.work, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; item++) {
+            const int64_t span = item % spans, t = item / spans % tiles;
+            Tile tile(a, partials, start[t], start[t + 1] - start[t], item / spans / tiles);
+            if (!tile.run(chunks * span / spans, chunks * (span + 1) / spans)) return;
+            if (spans == 1) tile.write();
+        }
+    });
+    if (spans == 1 || __atomic_load_n(a.missing, __ATOMIC_RELAXED)) return;
+    const int64_t work = a.rows * a.q_heads * chunks * width;
+    parallel(items, 1, work, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; item++) {
+            const int64_t t = item % tiles;
+            Tile tile(a, partials, start[t], start[t + 1] - start[t], item / tiles);
+            tile.fold_partials();
+            tile.write();
+        }
+    });
 }
 
 }  // namespace HASTEN_LEVEL

@@ -23,7 +23,9 @@ constexpr int panels_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 // Several tiles read a group again and again: it is cut into blocks of k that stay in the
 // first-level cache, and while they read one block the next one is fetched.
 constexpr int64_t K_BLOCK = 128;
-constexpr int64_t K_STEPS = 8;  // steps of k between two rounds of fetching
+
+// How far ahead of the reader weights are fetched where they are read once.
+constexpr int64_t AHEAD = 2048;
 
 // With this many row tiles, bfloat16 weights of a block are widened once for all of them.
 constexpr int64_t WIDEN_FOR = 4;
@@ -45,60 +47,58 @@ struct Tile {
     int64_t k;        // steps to make
     float* acc;       // [rows, COLUMNS] accumulators between blocks and at the end
     bool first;       // start from 0, not from what is in acc
-    const char* next;  // bytes to fetch for later: `lines` lines each K_STEPS steps
+    // What will be read next is fetched on the way, `lines` (at most 4) cache lines a step: evenly,
+    // since a core has few buffers for lines under way and a burst would hold up the loads.
+    const char* next;
     int64_t lines;
 };
 
+// the even ones, or the odd ones, of 32 numbers
+template <int ODD>
+HASTEN_INLINE F16 load_half(const bf16* p) {
 #if defined(__AVX512F__)
-// the even ones of 32 numbers, and the odd ones
-HASTEN_INLINE void load_pair(const bf16* p, F16* even, F16* odd) {
     const __m512i both = _mm512_loadu_si512(p);
-    even->v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    odd->v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
-}
+    const __m512i half = ODD ? _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000)))
+                             : _mm512_slli_epi32(both, 16);
+    return {_mm512_castsi512_ps(half)};
 #elif defined(__AVX2__)
-HASTEN_INLINE void load_pair8(const bf16* p, __m256* even, __m256* odd) {
-    const __m256i both = _mm256_loadu_si256((const __m256i*)p);
-    *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))));
-}
-HASTEN_INLINE void load_pair(const bf16* p, F16* even, F16* odd) {
-    load_pair8(p, &even->lo, &odd->lo);
-    load_pair8(p + 16, &even->hi, &odd->hi);
-}
+    const __m256i lo = _mm256_loadu_si256((const __m256i*)p);
+    const __m256i hi = _mm256_loadu_si256((const __m256i*)(p + 16));
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
+    if (ODD)
+        return {_mm256_castsi256_ps(_mm256_and_si256(lo, upper)),
+                _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 #else
-HASTEN_INLINE void load_pair(const bf16* p, F16* even, F16* odd) {
-    for (int i = 0; i < LANES; i++) even->v[i] = widen(p[2 * i]), odd->v[i] = widen(p[2 * i + 1]);
-}
+    F16 half;
+    for (int i = 0; i < LANES; i++) half.v[i] = widen(p[2 * i + ODD]);
+    return half;
 #endif
+}
 
-template <int R, int P>
-HASTEN_INLINE void accumulate(F16 (&acc)[R][P], const F16 (&weight)[P], const float* x,
-                              int64_t x_stride) {
+// neighbour D of a step
+template <int D>
+HASTEN_INLINE F16 load_weight(const float* w) {
+    return load(w);
+}
+template <int D>
+HASTEN_INLINE F16 load_weight(const bf16* w) {
+    return load_half<D>(w);
+}
+
+// one k: neighbour D of the step at w
+template <int D, class W, int R, int P>
+HASTEN_INLINE void accumulate(F16 (&acc)[R][P], const W* w, const float* x, int64_t x_stride) {
+    F16 weight[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) weight[p] = load_weight<D>(w + p * PANEL * DEPTH<W>);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-        const F16 value = splat(x[r * x_stride]);
+        const F16 value = splat(x[r * x_stride + D]);
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) acc[r][p] = fma(value, weight[p], acc[r][p]);
     }
-}
-
-// DEPTH<W> steps of k
-template <int R, int P>
-HASTEN_INLINE void advance(F16 (&acc)[R][P], const float* w, const float* x, int64_t x_stride) {
-    F16 weight[P];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; p++) weight[p] = load(w + p * PANEL);
-    accumulate(acc, weight, x, x_stride);
-}
-
-template <int R, int P>
-HASTEN_INLINE void advance(F16 (&acc)[R][P], const bf16* w, const float* x, int64_t x_stride) {
-    F16 even[P], odd[P];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; p++) load_pair(w + p * PANEL * 2, &even[p], &odd[p]);
-    accumulate(acc, even, x, x_stride);
-    accumulate(acc, odd, x + 1, x_stride);
 }
 
 template <class W, int R, int P>
@@ -113,23 +113,23 @@ void tile(const Tile& t) {
     const float* x = t.x;
     const int64_t x_stride = t.x_stride, step = t.step;
     const float* const end = x + t.k / DEPTH<W> * DEPTH<W>;
-    if (t.lines) {
-        const char* next = t.next;
-        for (int64_t k = K_STEPS; k <= t.k; k += K_STEPS) {
-            for (int64_t i = 0; i < t.lines; i++, next += 64) __builtin_prefetch(next, 0, 2);
+    const char* next = t.next;
+    const int64_t lines = t.lines;
 #pragma GCC unroll 1
-            for (int i = 0; i < K_STEPS / DEPTH<W>; i++, w += step, x += DEPTH<W>)
-                advance(acc, w, x, x_stride);
+    for (; x < end; w += step, x += DEPTH<W>) {
+        if (lines) {
+            __builtin_prefetch(next, 0, 2);
+            if (P > 1 && lines > 1) __builtin_prefetch(next + 64, 0, 2);
+            if (P > 2 && lines > 2) {
+                __builtin_prefetch(next + 128, 0, 2);
+                __builtin_prefetch(next + 192, 0, 2);
+            }
+            next += lines * 64;
         }
+        accumulate<0>(acc, w, x, x_stride);
+        if constexpr (DEPTH<W> == 2) accumulate<1>(acc, w, x, x_stride);
     }
-#pragma GCC unroll 2
-    for (; x < end; w += step, x += DEPTH<W>) advance(acc, w, x, x_stride);
-    if constexpr (DEPTH<W> == 2)
-        if (t.k % 2) {
-            F16 even[P], odd[P];
-            for (int p = 0; p < P; p++) load_pair(w + p * PANEL * 2, &even[p], &odd[p]);
-            accumulate(acc, even, x, x_stride);
-        }
+    if (t.k % DEPTH<W>) accumulate<0>(acc, w, x, x_stride);  // the last one of an odd number
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -209,8 +209,8 @@ void compute(const LinearArgs& a, const Item& item, int64_t panels) {
     const int64_t depth = DEPTH<W>, step = in_group * PANEL * depth;  // elements a step of k
     const int64_t whole_k = (a.k + depth - 1) / depth * depth;
     const W* w = (const W*)part.w + group * PANEL * whole_k + (item.panel - group) * PANEL * depth;
-    // lines that K_STEPS steps of all panels of the group take
-    const int64_t lines = K_STEPS * in_group * PANEL * int64_t(sizeof(W)) / 64;
+    // cache lines that a step has, and that each pass fetches a step
+    const int64_t lines = in_group * PANEL * depth * int64_t(sizeof(W)) / 64;
     const int64_t lines_a_pass = (lines + passes - 1) / passes;
 
     int64_t k = 0;
@@ -219,10 +219,9 @@ void compute(const LinearArgs& a, const Item& item, int64_t panels) {
         if (widened)
             for (int64_t i = 0; i < steps; i += depth)
                 for (int64_t p = 0; p < item.panels; p++) {
-                    F16 even, odd;
-                    load_pair((const bf16*)w + i / depth * step + p * PANEL * depth, &even, &odd);
-                    store(wide + i * COLUMNS + p * PANEL, even);
-                    store(wide + (i + 1) * COLUMNS + p * PANEL, odd);
+                    const bf16* pair = (const bf16*)w + i / depth * step + p * PANEL * depth;
+                    store(wide + i * COLUMNS + p * PANEL, load_half<0>(pair));
+                    store(wide + (i + 1) * COLUMNS + p * PANEL, load_half<1>(pair));
                 }
         Tile t;
         t.x_stride = a.x_stride;
@@ -239,8 +238,10 @@ void compute(const LinearArgs& a, const Item& item, int64_t panels) {
             for (int64_t p = 0; p < item.panels; p += most_panels, pass++) {
                 const int count = int(item.panels - p < most_panels ? item.panels - p : most_panels);
                 t.acc = acc + row * COLUMNS + p * PANEL;
-                t.next = (const char*)following + pass * lines_a_pass * (K_BLOCK / K_STEPS) * 64;
-                t.lines = passes > 1 && pass * lines_a_pass < lines ? lines_a_pass : 0;
+                // the next block, of which each pass fetches a part, until there is no more
+                t.lines = pass * lines_a_pass < lines ? lines_a_pass : 0;
+                t.next = (const char*)following + pass * lines_a_pass * (K_BLOCK / depth) * 64;
+                if (passes == 1) t.next = (const char*)w + AHEAD;
                 if (widened) {
                     t.w = wide + p * PANEL;
                     TILES<float>.at[rows][count](t);

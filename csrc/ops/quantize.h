@@ -15,11 +15,12 @@
 namespace hasten {
 namespace HASTEN_LEVEL {
 
-// Rows of quantized activations. Sums of codes correct for weights that are stored unsigned.
+// Rows of quantized activations. Sums of codes correct for weights that are stored unsigned; they
+// are multiplied by a factor of the weight's format, so that they are what its sums start from.
 struct Activations {
-    int8_t* codes;   // [rows][stride], zeros from k to a multiple of 4
+    int8_t* codes;   // [rows][stride], zeros from k to a multiple of 16
     float* scales;   // [rows][blocks]
-    int32_t* sums;   // [rows][blocks], sum of a block's codes
+    int32_t* sums;   // [rows][blocks], sum of a block's codes times the factor
     int64_t stride, blocks;
 
     static int64_t stride_for(int64_t k) { return (k + 63) / 64 * 64; }
@@ -35,8 +36,8 @@ struct Activations {
           blocks(k / block) {}
 };
 
-HASTEN_INLINE void quantize_block(const float* x, int64_t size, int8_t* codes, float* scale,
-                                  int32_t* sum) {
+HASTEN_INLINE void quantize_block(const float* x, int64_t size, int32_t factor, int8_t* codes,
+                                  float* scale, int32_t* sum) {
     // magnitudes order as the integers of their bits, NaN above infinity above the rest
     int32_t top = 0;
     for (int64_t i = 0; i < size; i++) {
@@ -66,17 +67,17 @@ HASTEN_INLINE void quantize_block(const float* x, int64_t size, int8_t* codes, f
         total += bits;
     }
     *scale = amax / 127.0f;
-    *sum = total;
+    *sum = total * factor;
 }
 
 // Row `row` of x [rows, k] into its place.
-HASTEN_INLINE void quantize_row(const float* x, int64_t k, int64_t block, const Activations& a,
-                                int64_t row) {
+HASTEN_INLINE void quantize_row(const float* x, int64_t k, int64_t block, int32_t factor,
+                                const Activations& a, int64_t row) {
     int8_t* codes = a.codes + row * a.stride;
     for (int64_t b = 0; b < a.blocks; b++)
-        quantize_block(x + b * block, block, codes + b * block, a.scales + row * a.blocks + b,
-                       a.sums + row * a.blocks + b);
-    for (int64_t i = k; i % 4; i++) codes[i] = 0;
+        quantize_block(x + b * block, block, factor, codes + b * block,
+                       a.scales + row * a.blocks + b, a.sums + row * a.blocks + b);
+    for (int64_t i = k; i % 16; i++) codes[i] = 0;
 }
 
 }  // namespace HASTEN_LEVEL

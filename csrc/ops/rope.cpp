@@ -1,4 +1,6 @@
 // Rotates queries and keys and writes keys and values to their pages.
+#include <limits>
+
 #include "ops.h"
 
 namespace hasten {
@@ -6,10 +8,76 @@ namespace HASTEN_LEVEL {
 namespace {
 
 // (x, y) -> (x cos - y sin, y cos + x sin) for the pairs (j, j + half)
-HASTEN_INLINE void rotate(float x, float y, float c, float s, float* rx, float* ry) {
-    *rx = __builtin_fmaf(x, c, -(y * s));
-    *ry = __builtin_fmaf(y, c, x * s);
+HASTEN_INLINE void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t j = 0; j < half; j++) {
+        const float a = x[j], b = x[j + half];
+        x[j] = __builtin_fmaf(a, cos[j], -(b * sin[j]));
+        x[j + half] = __builtin_fmaf(b, cos[j], a * sin[j]);
+    }
 }
+
+// codes[i * stride] = round(x[i] * (127 / amax)), halves to even; returns the scale amax / 127.
+// Below 2^-100 everything is 0; with an infinity or a NaN the scale is NaN.
+float quantize(const float* x, int64_t size, int8_t* codes, int64_t stride) {
+    // magnitudes order as the integers of their bits, NaN above infinity above the rest
+    int32_t top = 0;
+    for (int64_t i = 0; i < size; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float amax;
+    memcpy(&amax, &top, 4);
+    const bool finite = top < 0x7f800000;
+    if (!finite || amax < 0x1p-100f) {
+        for (int64_t i = 0; i < size; i++) codes[i * stride] = 0;
+        return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    }
+    const float inverse = 127.0f / amax, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+    for (int64_t i = 0; i < size; i++)
+        codes[i * stride] = int8_t(int32_t((x[i] * inverse + magic) - magic));
+    return amax / 127.0f;
+}
+
+// One key goes to a column of its page, one value to a row.
+template <class T>
+struct Writer {
+    const Pages& g;
+    char* k_page;
+    char* v_page;
+    int64_t at;
+
+    void key(const float* x) const {
+        for (int64_t d = 0; d < g.dim; d++) narrow(x[d], (T*)k_page + d * PAGE + at);
+    }
+    void value(const float* x) const {
+        T* to = (T*)v_page + at * g.padded;
+        for (int64_t d = 0; d < g.v_dim; d++) narrow(x[d], to + d);
+        for (int64_t d = g.v_dim; d < g.padded; d++) to[d] = T(0);
+    }
+};
+
+template <>
+struct Writer<int8_t> {
+    const Pages& g;
+    char* k_page;
+    char* v_page;
+    int64_t at;
+
+    void scale(int64_t which, float x) const {
+        memcpy(k_page + g.dim * PAGE + (which * PAGE + at) * 4, &x, 4);
+    }
+    void key(const float* x) const {
+        scale(0, quantize(x, g.dim, (int8_t*)k_page + at, PAGE));
+    }
+    void value(const float* x) const {
+        if (g.padded == 0) return;
+        int8_t* to = (int8_t*)v_page + at * g.padded;
+        scale(1, quantize(x, g.v_dim, to, 1));
+        for (int64_t d = g.v_dim; d < g.padded; d++) to[d] = 0;
+    }
+};
 
 template <class T>
 void append_of(const AppendArgs& a) {
@@ -17,32 +85,24 @@ void append_of(const AppendArgs& a) {
     const int64_t kv_heads = g.groups * g.heads;
     const int64_t work = a.rows * ((a.q_heads + 2 * kv_heads) * g.dim + kv_heads * g.v_dim);
     parallel(a.rows, 1, work, [&](int64_t begin, int64_t end) {
+        float* key = (float*)scratch(size_t(g.dim) * 4);
         for (int64_t row = begin; row < end; row++) {
-            const float* c = a.cos + a.positions[row] * a.half;
-            const float* s = a.sin + a.positions[row] * a.half;
-            for (int64_t h = 0; h < a.q_heads; h++) {
-                float* q = a.q + row * a.q_stride + h * g.dim;
-                for (int64_t j = 0; j < a.half; j++)
-                    rotate(q[j], q[j + a.half], c[j], s[j], &q[j], &q[j + a.half]);
-            }
+            const float* cos = a.cos + a.positions[row] * a.half;
+            const float* sin = a.sin + a.positions[row] * a.half;
+            for (int64_t h = 0; h < a.q_heads; h++)
+                rotate(a.q + row * a.q_stride + h * g.dim, cos, sin, a.half);
             const int64_t block = a.slots[row] / PAGE, at = a.slots[row] % PAGE;
             for (int64_t h = 0; h < kv_heads; h++) {
                 const int64_t page =
                     g.table[(a.table_row[row] * g.groups + h / g.heads) * g.blocks + block];
                 const int64_t index = page * g.heads + h % g.heads;
-                T* to = (T*)g.k + index * g.dim * PAGE + at;
+                const Writer<T> write{g, (char*)g.k + index * g.k_page(),
+                                      (char*)g.v + index * g.v_page(), at};
                 const float* k = a.k + row * a.k_stride + h * g.dim;
-                for (int64_t j = 0; j < a.half; j++) {
-                    float x, y;
-                    rotate(k[j], k[j + a.half], c[j], s[j], &x, &y);
-                    narrow(x, &to[j * PAGE]);
-                    narrow(y, &to[(j + a.half) * PAGE]);
-                }
-                for (int64_t j = 2 * a.half; j < g.dim; j++) narrow(k[j], &to[j * PAGE]);
-                T* row_to = (T*)g.v + (index * PAGE + at) * g.padded;
-                const float* v = a.v + row * a.v_stride + h * g.v_dim;
-                for (int64_t j = 0; j < g.v_dim; j++) narrow(v[j], &row_to[j]);
-                for (int64_t j = g.v_dim; j < g.padded; j++) row_to[j] = T(0);
+                memcpy(key, k, size_t(g.dim) * 4);
+                if (a.rotate_keys) rotate(key, cos, sin, a.half);
+                write.key(key);
+                write.value(a.v + row * a.v_stride + h * g.v_dim);
             }
         }
     });
@@ -51,10 +111,11 @@ void append_of(const AppendArgs& a) {
 }  // namespace
 
 void append(const AppendArgs& a) {
-    if (a.pages.bf16)
-        append_of<bf16>(a);
-    else
-        append_of<float>(a);
+    switch (a.pages.type) {
+        case Stored::f32: append_of<float>(a); break;
+        case Stored::bf16: append_of<bf16>(a); break;
+        case Stored::i8: append_of<int8_t>(a); break;
+    }
 }
 
 }  // namespace HASTEN_LEVEL

@@ -26,6 +26,59 @@ def linear_experts(
 def pack(rows: Tensor, first: int, n: int, gated: bool, out: Tensor) -> None: ...
 def unpack(w: Tensor, n: int, k: int, gated: bool, out: Tensor) -> None: ...
 def embed(ids: Tensor, w: Tensor, n: int, k: int, out: Tensor) -> None: ...
+def linear_quantized(
+    x: Tensor,
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    bias: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def linear_quantized_gated(
+    x: Tensor,
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    bias: Tensor | None,
+    kind: str,
+    out: Tensor,
+) -> None: ...
+def linear_quantized_experts(
+    x: Tensor,
+    weights: TensorList,
+    n: int,
+    k: int,
+    group: int,
+    asymmetric: bool,
+    kind: str | None,
+    offsets: Tensor,
+    out: Tensor,
+) -> None: ...
+def put_int8(
+    w: Tensor, n: int, k: int, gated: bool, first: int, codes: Tensor, scale: Tensor
+) -> None: ...
+def put_int4(
+    w: Tensor,
+    n: int,
+    k: int,
+    group: int,
+    gated: bool,
+    first: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+) -> None: ...
+def unpack_quantized(
+    w: Tensor, n: int, k: int, group: int, asymmetric: bool, gated: bool, out: Tensor
+) -> None: ...
+def embed_quantized(
+    ids: Tensor, w: Tensor, n: int, k: int, group: int, asymmetric: bool, out: Tensor
+) -> None: ...
 def group_rows(
     ids: Tensor, experts: int, offsets: Tensor, order: Tensor, slots: Tensor
 ) -> None: ...
@@ -68,6 +121,7 @@ def append(
     table: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    rotate_keys: bool = True,
 ) -> None: ...
 def paged_attention(
     q: Tensor,
@@ -82,6 +136,8 @@ def paged_attention(
     window: int,
     sinks: int,
     softcap: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
 ) -> None: ...

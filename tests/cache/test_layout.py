@@ -65,8 +65,19 @@ def test_values_in_keys_take_no_memory() -> None:
     assert storage.layer(1)[1].shape == (5, 1, PAGE_SIZE, 0)
 
 
+@pytest.mark.parametrize(("in_keys", "scales"), [(False, 2), (True, 1)])
+def test_int8_pages_hold_scales_behind_the_keys(in_keys: bool, scales: int) -> None:
+    layout = KVLayout(3, 20, 15, (LayerGroup((0, 1)),), torch.int8, values_in_keys=in_keys)
+    assert layout.key_rows == 20 + 4 * scales
+    assert layout.block_bytes() == 2 * 3 * PAGE_SIZE * (20 + 4 * scales + (not in_keys) * 16)
+    k, v, _ = KVStorage(layout, [5]).layer(1)
+    assert k.shape == (5, 3, 20 + 4 * scales, PAGE_SIZE) and k.dtype == v.dtype == torch.int8
+
+
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"float32 or bfloat16, not torch\.float16"):
+    with pytest.raises(ValueError, match="key_space is 'raw', expected rotated or pre-rope"):
+        KVLayout(2, 8, 8, (), key_space="raw")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or int8, not torch\.float16"):
         KVLayout(2, 8, 8, (), torch.float16)
     with pytest.raises(ValueError, match="4 KV heads cannot be split into 3 equal head groups"):
         KVLayout(4, 8, 8, (LayerGroup((0,), head_groups=3),))

@@ -11,6 +11,8 @@ from hasten import _native
 
 ISAS = [name for name in ("avx512", "avx2", "portable") if _native.isa_supported(name)]
 FAST = ISAS[0]
+# what multiplies integers has forms of its own on some processors
+INTEGER_ISAS = [name for name in ("avx512vnni",) if _native.isa_supported(name)] + ISAS
 
 
 def machines(isas: Sequence[str] = ISAS, threads: Sequence[int] = (1, 2)) -> Iterator[str]:
@@ -26,7 +28,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal in every bit, so that NaN equals NaN and 0 differs from -0."""
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
-    integer = {4: torch.int32, 2: torch.int16, 8: torch.int64}[actual.dtype.itemsize]
+    integer = {4: torch.int32, 2: torch.int16, 8: torch.int64, 1: torch.int8}[actual.dtype.itemsize]
     a, b = actual.contiguous().view(integer), expected.contiguous().view(integer)
     if not torch.equal(a, b):
         where = (a != b).nonzero()

@@ -28,7 +28,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         made = empty(*args, **kwargs)  # type: ignore[call-overload]
-        return made.fill_(float("nan") if made.is_floating_point() else -1234567)
+        wild = -1234567 if made.dtype.itemsize > 2 else 91
+        return made.fill_(float("nan") if made.is_floating_point() else wild)
 
     monkeypatch.setattr(torch, "empty", poisoned)
 

@@ -8,11 +8,48 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hasten.kernels.rope.ref import quantize, scales_of
+
 PAGE = 16
+
+
+@dataclass(frozen=True)
+class Form:
+    """How pages hold keys and values."""
+
+    dtype: torch.dtype = torch.float32
+    pre_rope: bool = False
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype)[6:]}{' pre-rope' * self.pre_rope}"
+
+
+FORMS = [
+    Form(dtype, pre_rope)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8)
+    for pre_rope in (False, True)
+]
+
+
+def page_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles [positions, half] as keys lie in pages, [blocks, half, 16]."""
+    return tuple(  # type: ignore[return-value]
+        x.unflatten(0, (-1, PAGE)).transpose(1, 2).contiguous() for x in (cos, sin)
+    )
+
+
+def angles(positions: int, half: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin), [positions, half]."""
+    angle = torch.arange(positions)[:, None] * 0.7 ** torch.arange(half)
+    return angle.cos().float(), angle.sin().float()
 
 
 class Cache:
     """Pages with shuffled ids, and tables whose blocks get a page when something is written.
+
+    What was never written is NaN (of int8 pages: its scales are). With ``form.pre_rope`` the keys
+    are those before the rotation, which ``rope`` describes; of values that are ``in_keys`` nothing
+    is rotated.
 
     Values have ``value_dim`` dimensions (None: those of a key), or are the last so many dimensions
     of the keys if ``in_keys``.
@@ -25,15 +62,27 @@ class Cache:
         kv_heads: int,
         dim: int,
         groups: int = 1,
-        dtype: torch.dtype = torch.float32,
+        form: Form = Form(),
         value_dim: int | None = None,
         in_keys: bool = False,
     ) -> None:
         self.value_dim = dim if value_dim is None else value_dim
         heads, padded = kv_heads // groups, 0 if in_keys else -(-self.value_dim // PAGE) * PAGE
         pages = tables * blocks * groups + 3
-        self.k = torch.full((pages, heads, dim, PAGE), torch.nan, dtype=dtype)
-        self.v = torch.full((pages, heads, PAGE, padded), torch.nan, dtype=dtype)
+        if form.dtype == torch.int8:
+            rows = dim + (4 if in_keys else 8)
+            self.k = torch.randint(-128, 128, (pages, heads, rows, PAGE), dtype=torch.int8)
+            self.v = torch.randint(-128, 128, (pages, heads, PAGE, padded), dtype=torch.int8)
+            for scales in scales_of(self.k, dim):
+                scales.fill_(torch.nan)
+        else:
+            self.k = torch.full((pages, heads, dim, PAGE), torch.nan, dtype=form.dtype)
+            self.v = torch.full((pages, heads, PAGE, padded), torch.nan, dtype=form.dtype)
+        self.form, self.rope = form, None
+        if form.pre_rope:
+            turned = dim - self.value_dim if in_keys else dim - 2
+            half = random.randint(turned // 4, turned // 2)
+            self.rope = page_tables(*angles(blocks * PAGE, half))
         self.table = torch.full((tables, groups, blocks), -1, dtype=torch.int32)
         self.free = torch.randperm(pages).tolist()
         self.heads, self.dim = heads, dim
@@ -51,20 +100,30 @@ class Cache:
     def write(self, table: int, slot: int, k: Tensor, v: Tensor) -> None:
         """k is [KV heads, D], v [KV heads, Dv]."""
         self.reserve(table, slot)
+        scales: list[tuple[Tensor, Tensor]] = []
+        if self.form.dtype == torch.int8:
+            (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+            scales = list(zip(scales_of(self.k, self.dim), (k_scale, v_scale), strict=False))
         for head in range(len(k)):
             to = self.at(table, slot, head)
-            self.k[to][:, slot % PAGE] = k[head].to(self.k.dtype)
+            for stored, scale in scales:
+                stored[to][slot % PAGE] = scale[head]
+            self.k[to][: self.dim, slot % PAGE] = k[head].to(self.k.dtype)
             if self.v.shape[3]:
                 self.v[to][slot % PAGE, : self.value_dim] = v[head].to(self.v.dtype)
 
     def with_value_pages(self) -> Cache:
         """The same cache, its values copied out of the keys to pages of their own."""
         tables, groups, blocks = self.table.shape
-        twin = Cache(tables, blocks, self.heads * groups, self.dim, groups, self.k.dtype)
-        twin.k, twin.table, twin.value_dim = self.k, self.table, self.value_dim
-        padded = -(-self.value_dim // PAGE) * PAGE
-        twin.v = torch.full((*self.k.shape[:2], PAGE, padded), torch.nan, dtype=self.k.dtype)
-        twin.v[..., : self.value_dim] = self.k[:, :, -self.value_dim :].transpose(2, 3)
+        twin = Cache(
+            tables, blocks, self.heads * groups, self.dim, groups, self.form, self.value_dim
+        )
+        twin.table, twin.rope = self.table, self.rope
+        twin.k[:, :, : self.k.shape[2]] = self.k
+        if self.form.dtype == torch.int8:
+            twin.k[:, :, -4:] = self.k[:, :, -4:]  # the scale of a key is that of its value
+        values = self.k[:, :, self.dim - self.value_dim : self.dim]
+        twin.v[..., : self.value_dim] = values.transpose(2, 3)
         return twin
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hasten import _native
 from hasten.kernels.attention import paged_attention
+from hasten.kernels.rope import append
 
 from .common import FAST, ISAS, assert_close, assert_same_bits, machines
-from .paged import PAGE, Cache, Rows, paths, random_tree
+from .paged import FORMS, PAGE, Cache, Form, Rows, angles, page_tables, paths, random_tree
 
 # Keys and values are exact in both types, so the output differs by roundings of the sums only.
 TOLERANCE = 4e-6
@@ -32,13 +33,13 @@ def ragged_mix(
     kv_heads: int,
     dim: int,
     groups: int,
-    dtype: torch.dtype,
+    form: Form,
     nodes: int = 90,
     value_dim: int | None = None,
     in_keys: bool = False,
 ) -> tuple[Cache, Rows]:
     """A one-token query, a short chunk, a long chunk, two trees; unread slots hold NaN."""
-    cache = Cache(5, 16, kv_heads, dim, groups, dtype, value_dim, in_keys)
+    cache = Cache(5, 16, kv_heads, dim, groups, form, value_dim, in_keys)
     dims = kv_heads, dim, cache.value_dim
     rows = Rows()
     for slot in range(131):  # one token after 130
@@ -80,7 +81,7 @@ def attend(
     if index is not None:
         q = q[index]
     settings = {"window": None, "sinks": 0, "softcap": None, **kwargs}
-    settings["value_dim"] = cache.value_dim
+    settings["value_dim"], settings["rope"] = cache.value_dim, cache.rope
     result = paged_attention(
         q, cache.k, cache.v, cache.table, *rows.tensors(index), scale, return_lse=True, **settings
     )
@@ -100,14 +101,17 @@ SHAPES = [
     (20, 1, 42, 1, 32, True),
     (6, 2, 21, 2, 18, True),
     (3, 1, 33, 1, 33, True),
+    (5, 1, 80, 1, 80, False),
+    (3, 1, 96, 1, 96, False),
+    (2, 2, 192, 1, 128, False),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_reference(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype) -> None:
+def test_matches_reference(shape: tuple[int, int, int, int, int, bool], form: Form) -> None:
     q_heads, kv_heads, dim, groups, value_dim, in_keys = shape
-    cache, rows = ragged_mix(kv_heads, dim, groups, dtype, value_dim=value_dim, in_keys=in_keys)
+    cache, rows = ragged_mix(kv_heads, dim, groups, form, value_dim=value_dim, in_keys=in_keys)
     q = torch.randn(len(rows), q_heads, dim)
     some = torch.randperm(len(rows))[:25]  # the reference is slow
     for window, sinks, softcap in random.sample(SETTINGS, 2):
@@ -129,8 +133,8 @@ def test_rows_are_independent(
     q_heads, kv_heads, dim, groups, value_dim, in_keys = shape
     window, sinks, softcap = setting
     kwargs = {"window": window, "sinks": sinks, "softcap": softcap}
-    dtype = random.choice([torch.float32, torch.bfloat16])
-    cache, rows = ragged_mix(kv_heads, dim, groups, dtype, value_dim=value_dim, in_keys=in_keys)
+    form = random.choice(FORMS)
+    cache, rows = ragged_mix(kv_heads, dim, groups, form, value_dim=value_dim, in_keys=in_keys)
     q = torch.randn(len(rows), q_heads, dim)
     alone = [attend(cache, rows, q, torch.tensor([i]), **kwargs) for i in range(len(rows))]
     expected = torch.cat([a[0] for a in alone]), torch.cat([a[1] for a in alone])
@@ -145,14 +149,14 @@ def test_rows_are_independent(
             assert_same_bits(got, want, machine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[-1]])
 def test_values_in_keys_have_the_bits_of_values_in_pages(
-    shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype
+    shape: tuple[int, int, int, int, int, bool], form: Form
 ) -> None:
     """Committed keys, tree nodes, windows: where a value is read from changes nothing."""
     q_heads, kv_heads, dim, groups, value_dim, in_keys = shape
-    cache, rows = ragged_mix(kv_heads, dim, groups, dtype, value_dim=value_dim, in_keys=in_keys)
+    cache, rows = ragged_mix(kv_heads, dim, groups, form, value_dim=value_dim, in_keys=in_keys)
     twin = cache.with_value_pages()
     q = torch.randn(len(rows), q_heads, dim)
     for window, sinks, softcap in SETTINGS:
@@ -170,11 +174,11 @@ def test_values_in_keys_have_the_bits_of_values_in_pages(
 def test_tree_rows_equal_the_causal_rows_of_their_paths(root: int, nodes: int, isa: str) -> None:
     """A node's key has the same bits in its tree slot as in the slot of its position."""
     q_heads, kv_heads, dim = 6, 2, 20
-    groups, dtype = random.choice([1, 2]), random.choice([torch.float32, torch.bfloat16])
+    groups, form = random.choice([1, 2]), random.choice(FORMS)
     parent = random_tree(nodes)
     node_paths = paths(parent)
     blocks = (root + nodes) // PAGE + 1
-    cache = Cache(nodes + 1, blocks, kv_heads, dim, groups, dtype)
+    cache = Cache(nodes + 1, blocks, kv_heads, dim, groups, form)
     past = [new_keys(kv_heads, dim) for _ in range(root)]
     node_keys = [new_keys(kv_heads, dim) for _ in range(nodes)]
     tree, plain = Rows(), Rows()
@@ -197,9 +201,10 @@ def test_tree_rows_equal_the_causal_rows_of_their_paths(root: int, nodes: int, i
         assert_same_bits(got[1], want[1], f"lse {kwargs}")
 
 
-def test_a_chunk_equals_its_rows_one_step_at_a_time() -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_chunk_equals_its_rows_one_step_at_a_time(form: Form) -> None:
     """While later keys do not exist yet (NaN) and once they do."""
-    cache, q = Cache(1, 9, 2, 32), torch.randn(140, 4, 32)
+    cache, q = Cache(1, 9, 2, 32, form=form), torch.randn(140, 4, 32)
     single = []
     rows = Rows()
     for position in range(140):
@@ -207,6 +212,85 @@ def test_a_chunk_equals_its_rows_one_step_at_a_time() -> None:
         rows.add(0, position, position, position + 1)
         single.append(attend(cache, rows, q, torch.tensor([position]))[0])
     assert_same_bits(attend(cache, rows, q)[0], torch.cat(single))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_chunks_shared_out_to_threads(form: Form) -> None:
+    """A lone row, a tree and a row with a window: any thread count gives the bits of one thread."""
+    kv_heads, dim, length = random.choice([1, 3]), 24, random.randint(500, 760)
+    cache, rows = Cache(1, 50, kv_heads, dim, form=form), Rows()
+    parent = random_tree(9)
+    for slot in range(length + 9):
+        cache.write(0, slot, *new_keys(kv_heads, dim))
+    for node, path in enumerate(paths(parent)):
+        bits = sum(1 << (ancestor - 1) for ancestor in path)
+        rows.add(0, length + len(path), length + node, length + 1, bits)
+    q = torch.randn(9, 2 * kv_heads, dim)
+    for index in (torch.tensor([0]), torch.tensor([8]), torch.arange(9)):
+        for window, sinks in ((None, 0), (random.randint(1, 400), 5)):
+            _native.set_num_threads(1)
+            expected = attend(cache, rows, q, index, window=window, sinks=sinks)
+            for machine in machines((FAST,), threads=(2, 3, 5, 16)):
+                got = attend(cache, rows, q, index, window=window, sinks=sinks)
+                assert_same_bits(got[0], expected[0], machine)
+                assert_same_bits(got[1], expected[1], machine)
+    out, _ = attend(cache, rows, q)
+    assert_close(out, attend(cache, rows, q.double(), impl="ref")[0], TOLERANCE)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_row_among_256(form: Form) -> None:
+    """Decodes of many sequences, chunks and trees in one call."""
+    cache, rows = Cache(24, 8, 2, 16, form=form), Rows()
+    for table in range(24):
+        for slot in range(125):
+            cache.write(table, slot, *new_keys(2, 16))
+        for position in random.sample(range(100), 10):
+            rows.add(table, position, position, position + 1)
+    parent = random_tree(25)
+    for node, path in enumerate(paths(parent)[:16]):
+        bits = sum(1 << (ancestor - 1) for ancestor in path)
+        rows.add(23, 100 + len(path), 100 + node, 101, bits)
+    q = torch.randn(len(rows), 4, 16)
+    assert len(rows) == 256
+    whole = attend(cache, rows, q)
+    for i in (0, 255, *random.sample(range(256), 10)):
+        alone = attend(cache, rows, q, torch.tensor([i]))
+        assert_same_bits(alone[0][0], whole[0][i])
+        assert_same_bits(alone[1][0], whole[1][i])
+    for count in (2, 3, 17, 100):
+        index = torch.randperm(256)[:count]
+        assert_same_bits(attend(cache, rows, q, index)[0], whole[0][index])
+
+
+@pytest.mark.parametrize("half", [0, 5, 10])
+def test_float32_keys_before_the_rotation_give_the_bits_of_rotated_keys(half: int) -> None:
+    """Appended by the kernel both ways; committed keys, a tree that crosses a chunk."""
+    root, nodes, dim = 57, 20, 20
+    parent, rows = random_tree(nodes), Rows()
+    for position in range(root):
+        rows.add(0, position, position, position + 1)
+    for node, path in enumerate(paths(parent)):
+        bits = sum(1 << (ancestor - 1) for ancestor in path)
+        rows.add(0, root + len(path), root + node, root + 1, bits)
+    cos, sin = angles(96, half)
+    k, v = torch.randn(len(rows), 2, dim), torch.randn(len(rows), 2, dim)
+    results = []
+    for machine in machines(threads=(2,)):
+        for form in (Form(), Form(pre_rope=True)):
+            cache, q = Cache(1, 6, 2, dim, form=form), torch.ones(len(rows), 4, dim)
+            for slot in range(len(rows)):
+                cache.reserve(0, slot)
+            table_row, positions, _, _ = rows.tensors()
+            slots = torch.tensor(rows.slot, dtype=torch.int32)
+            where = positions, slots, table_row, cache.table
+            append(q, k, v, cos, sin, *where, cache.k, cache.v, not form.pre_rope)
+            if form.pre_rope:
+                cache.rope = page_tables(cos, sin)
+            results.append((attend(cache, rows, q), f"{machine} {form}"))
+    for got, what in results[1:]:
+        assert_same_bits(got[0], results[0][0][0], what)
+        assert_same_bits(got[1], results[0][0][1], what)
 
 
 def test_where_pages_lie_does_not_matter() -> None:
@@ -285,7 +369,7 @@ def test_extreme_scores() -> None:
 
 
 def test_strided_queries() -> None:
-    cache, rows = ragged_mix(2, 32, 1, torch.float32, nodes=5)
+    cache, rows = ragged_mix(2, 32, 1, Form(), nodes=5)
     fused = torch.randn(len(rows), 8 * 32)
     view = fused[:, : 4 * 32].view(-1, 4, 32)
     assert_same_bits(attend(cache, rows, view)[0], attend(cache, rows, view.contiguous())[0])
@@ -346,6 +430,14 @@ def test_refuses_what_does_not_fit() -> None:
     refuse(ValueError, "reaches slot 32", mask=far)
     two = torch.tensor([[3]]).view(torch.uint64)
     refuse(ValueError, "would begin before its base 20", mask=two)
+    cos, sin = page_tables(*angles(16, 8))
+    refuse(ValueError, "sees position 19, but cos has angles of 16", rope=(cos, sin))
+    refuse(ValueError, r"sin has shape \[1, 4, 16\]", rope=(cos, sin[:, :4].contiguous()))
+    wide = page_tables(*angles(32, 9))
+    refuse(ValueError, "rotates 18 of 16 dimensions", rope=wide)
+    refuse(TypeError, "k_pages is float16, not float32, bfloat16 or int8", k_pages=cache.k.half())
+    codes = torch.zeros(len(cache.k), 2, 7, PAGE, dtype=torch.int8)
+    refuse(ValueError, "no room for 8 rows of scales", k_pages=codes)
     missing = cache.table.clone()
     for page in (-1, len(cache.k)):
         missing[0, 0, 1] = page

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from hasten import _native
+from hasten.kernels.dispatch import module, operation
 from hasten.kernels.linear import linear, pack
+from hasten.kernels.rms_norm import rms_norm
 
 from .common import ISAS, assert_same_bits
 
@@ -47,7 +49,7 @@ def test_environment_forces_the_reference() -> None:
         "print(tuple(l.linear(torch.zeros(2, 3), l.pack(torch.zeros(4, 3))).shape))"
     )
     assert run(code, HASTEN_KERNELS="ref").stdout.strip() == "(2, 4)"
-    assert "is none of ref, cpu" in run(code, HASTEN_KERNELS="cuda").stderr
+    assert "is none of ref, cpu, triton" in run(code, HASTEN_KERNELS="cuda").stderr
 
 
 def test_a_forced_choice_that_cannot_run_raises() -> None:
@@ -117,3 +119,28 @@ def test_read_bandwidth() -> None:
     assert 1e8 < _native.read_bandwidth(8 << 20, 2) < 1e13
     with pytest.raises(ValueError, match="positive"):
         _native.read_bandwidth(0, 1)
+
+
+def test_triton_runs_on_cuda_tensors_and_in_its_interpreter_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    x, weight = torch.zeros(2, 3), torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"tensors are on cpu; Triton runs on CUDA devices"):
+        rms_norm(x, weight, 1e-5, impl="triton")
+
+
+def test_nothing_runs_in_place_of_what_is_missing() -> None:
+    with pytest.raises(RuntimeError, match=r"rms_norm\.norm_of_nothing has no 'ref' impl"):
+        operation("hasten.kernels.rms_norm", "norm_of_nothing", "ref", torch.zeros(1))
+    with pytest.raises(RuntimeError, match="dispatch has no 'cpu' implementation"):
+        module("hasten.kernels.dispatch", "cpu")
+
+
+def test_without_triton_the_error_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from hasten.kernels.dispatch import module\n"
+        "module('hasten.kernels.rms_norm', 'triton')"
+    )
+    assert "need the package 'triton': pip install 'hasten[gpu]'" in run(code).stderr

@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from hasten import _native
+from hasten.kernels.activation import gated
 from hasten.kernels.embedding import embed
 from hasten.kernels.linear import (
     PackedWeight,
     linear,
+    linear_experts,
+    linear_gated,
     linear_grouped,
     pack,
     pack_grouped,
     pack_rows,
+    stack_experts,
     unpack,
 )
 from hasten.kernels.linear.ref import linear_in_order
@@ -41,6 +45,21 @@ def test_pack_matches_reference_and_unpacks(shape: tuple[int, int], dtype: torch
     kept = torch.float32 if dtype == torch.float16 else dtype
     assert_same_bits(unpack(packed), weight.to(kept))
     assert_same_bits(unpack(packed, impl="ref"), weight.to(kept))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3), (74, 45), (128, 64), (34, 1)])
+def test_gated_pack_matches_reference_and_unpacks(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    packed = pack(weight, gated=True)
+    assert_same_bits(packed.data, pack(weight, gated=True, impl="ref").data)
+    kept = weight.float() if dtype == torch.float16 else weight
+    assert_same_bits(unpack(packed), kept)
+    assert_same_bits(unpack(packed, impl="ref"), kept)
+    in_parts = pack_rows(weight.split(5), *shape, kept.dtype, gated=True)
+    assert_same_bits(in_parts.data, packed.data)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "ref"])
@@ -102,6 +121,9 @@ def test_linear_rows_are_independent(shape: tuple[int, int], dtype: torch.dtype)
     n, k = shape
     w, x, bias = pack(torch.randn(n, k).to(dtype)), torch.randn(70, k), torch.randn(n)
     assert_rows_independent(lambda index: linear(x[index], w, bias), len(x))
+    if n % 2 == 0:
+        w = pack(torch.randn(n, k).to(dtype), gated=True)
+        assert_rows_independent(lambda index: linear_gated(x[index], w, "silu", bias), len(x))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -124,6 +146,94 @@ def test_linear_strided_rows_and_out() -> None:
     assert_same_bits(out[:, 3:24], expected)
     assert result.data_ptr() == out[:, 3:24].data_ptr()
     assert (out[:, :3] == 7).all() and (out[:, 24:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 9, 30])
+def test_linear_adds_a_residual_last(rows: int, dtype: torch.dtype) -> None:
+    x, w, bias = torch.randn(rows, 301), pack(torch.randn(75, 301).to(dtype)), torch.randn(75)
+    residual = torch.randn(rows, 80)[:, 2:77]
+    for machine in machines():
+        expected = linear(x, w, bias) + residual
+        assert_same_bits(linear(x, w, bias, add=residual), expected, machine)
+        out = residual.clone()
+        linear(x, w, bias, out, add=out)
+        assert_same_bits(out, expected, f"in place, {machine}")
+    reference = linear(x.double(), w, bias.double(), add=residual.double(), impl="ref")
+    assert (expected - reference).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="add has shape"):
+        linear(x, w, add=residual[:, 1:])
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3), (74, 45), (256, 301), (34, 1)])
+def test_linear_gated_is_linear_then_gated(
+    shape: tuple[int, int], dtype: torch.dtype, kind: str
+) -> None:
+    n, k = shape
+    weight, bias = torch.randn(n, k).to(dtype), torch.randn(n)
+    w, plain = pack(weight, gated=True), pack(weight)
+    for machine in machines():
+        for rows in (0, 1, 2, 7, 12, 50):
+            x = torch.randn(rows, k + 3)[:, 2:-1]
+            for with_bias in (None, bias):
+                expected = gated(linear(x, plain, with_bias), kind)
+                got = linear_gated(x, w, kind, with_bias)
+                assert_same_bits(got, expected, f"{rows} rows, {machine}")
+    reference = linear_gated(x.double(), w, kind, bias.double(), impl="ref")
+    assert (got - reference).abs().max() < 1e-3 * (1 + reference.abs().max())
+    out = torch.full((50, n), 7.0)
+    linear_gated(x, w, kind, bias, out[:, : n // 2])
+    assert_same_bits(out[:, : n // 2], got)
+    assert (out[:, n // 2 :] == 7).all()
+
+
+def test_gated_weights_are_not_mistaken() -> None:
+    weight, x = torch.randn(32, 8), torch.randn(2, 8)
+    with pytest.raises(ValueError, match="linear_gated reads it"):
+        linear(x, pack(weight, gated=True))
+    with pytest.raises(ValueError, match="gated=True"):
+        linear_gated(x, pack(weight), "silu")
+    with pytest.raises(ValueError, match="'relu' is neither"):
+        linear_gated(x, pack(weight, gated=True), "relu")
+    with pytest.raises(ValueError, match="no gate and up halves"):
+        pack(weight[:31], gated=True)
+
+
+@pytest.mark.parametrize("kind", [None, "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_one_linear_each(dtype: torch.dtype, kind: str | None) -> None:
+    counts = [0, 1, 40, 0, 7, 13, 0]
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    weights = [pack(torch.randn(70, 45).to(dtype), gated=kind is not None) for _ in counts]
+    w, x = stack_experts(weights), torch.randn(61, 50)[:, 3:48]
+    for machine in machines():
+        expected = [
+            linear(x[i:j], one) if kind is None else linear_gated(x[i:j], one, kind)
+            for one, i, j in zip(weights, offsets, offsets[1:], strict=False)
+        ]
+        assert_same_bits(linear_experts(x, w, offsets, kind), torch.cat(expected), machine)
+    reference = linear_experts(x.double(), w, offsets, kind, impl="ref")
+    assert (torch.cat(expected) - reference).abs().max() < 1e-2
+    none = torch.zeros(8, dtype=torch.int64)
+    assert linear_experts(x[:0], w, none, kind).shape == (0, 70 if kind is None else 35)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+def test_experts_refuse_what_does_not_fit(impl: str) -> None:
+    w, x = stack_experts([pack(torch.randn(20, 8)) for _ in range(3)]), torch.randn(6, 8)
+    for bad in ([0, 2, 4, 5], [1, 2, 4, 6], [0, 4, 2, 6], [0, 7, 7, 6]):
+        with pytest.raises(ValueError, match="offsets"):
+            linear_experts(x, w, torch.tensor(bad), impl=impl)
+    with pytest.raises(ValueError, match="offsets"):
+        linear_experts(x, w, torch.tensor([0, 6]), impl=impl)
+    with pytest.raises(ValueError, match="activation"):
+        linear_experts(x, w, torch.tensor([0, 2, 4, 6]), "silu", impl=impl)
+    with pytest.raises(ValueError, match="one shape and type"):
+        stack_experts([pack(torch.randn(20, 8)), pack(torch.randn(20, 9))])
+    with pytest.raises(ValueError, match="one shape and type"):
+        stack_experts([])
 
 
 def test_padding_of_a_panel_is_not_read_into_outputs() -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from hasten import _native
 from hasten.kernels.pages import copy_pages, move_slots
 from hasten.kernels.rope import append
+from hasten.kernels.rope.ref import quantize, scales_of
 
 from .common import FAST, assert_close, assert_same_bits, machines
-from .paged import PAGE, Cache
+from .paged import PAGE, Cache, Form
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ class Case:
         value_dim: int | None = None,
     ) -> None:
         value_dim = dim if value_dim is None else value_dim
-        self.shape = kv_heads, dim, groups
+        self.shape = kv_heads, dim, groups, value_dim
         self.cos, self.sin = tables(120, half)
         places = random.sample([(t, s) for t in range(3) for s in range(60)], 70)
         self.table_row = torch.tensor([t for t, _ in places], dtype=torch.int32)
@@ -47,19 +48,31 @@ class Case:
         self.positions = torch.randint(0, 120, (70,), dtype=torch.int32)
         self.q = torch.randn(70, q_heads, dim)
         self.k, self.v = torch.randn(70, kv_heads, dim), torch.randn(70, kv_heads, value_dim)
-        self.cache = Cache(3, 4, kv_heads, dim, groups, value_dim=value_dim)
+        self.cache = Cache(3, 4, kv_heads, dim, groups, Form(), value_dim, value_dim == 0)
         for t, s in places:
             self.cache.reserve(t, s)
 
     def run(
-        self, dtype: torch.dtype, index: Tensor | None = None, impl: str = "cpu"
+        self,
+        dtype: torch.dtype,
+        index: Tensor | None = None,
+        impl: str = "cpu",
+        rotate_keys: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(70) if index is None else index
-        q, k = self.q[index], self.cache.k.to(dtype, copy=True)
-        v = self.cache.v.to(dtype, copy=True)
+        q, k, v = (
+            self.q[index],
+            self.cache.k.to(dtype, copy=True),
+            self.cache.v.to(dtype, copy=True),
+        )
+        if dtype == torch.int8:
+            kv_heads, dim, groups, value_dim = self.shape
+            pages = Cache(3, 4, kv_heads, dim, groups, Form(dtype), value_dim, value_dim == 0)
+            k, v = pages.k.fill_(0x55), pages.v.fill_(0x55)
         rows = (x[index] for x in (self.positions, self.slots, self.table_row))
         keys = self.k[index], self.v[index]
-        append(q, *keys, self.cos, self.sin, *rows, self.cache.table, k, v, impl=impl)
+        angles = self.cos, self.sin
+        append(q, *keys, *angles, *rows, self.cache.table, k, v, rotate_keys, impl=impl)
         return q, k, v
 
 
@@ -86,6 +99,53 @@ def test_append_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) ->
     assert torch.equal(got[1].isnan(), expected[1].isnan()), "what was not written"
 
 
+def decoded(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [N, H, D, 16] and values [N, H, 16, Dp] of int8 pages as floats."""
+    dim = case.shape[1]
+    k_scale, *rest = scales_of(k, dim)
+    keys = k[:, :, :dim] * k_scale[:, :, None]
+    return keys, v * rest[0][..., None] if rest else v.float()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_append_quantizes_each_row_alone(shape: tuple[int, ...]) -> None:
+    case = Case(*shape)
+    case.k *= 10.0 ** torch.randint(-20, 20, (70, shape[1], 1))
+    case.k[3], case.k[4, 0], case.k[5, 0, -1] = 0, 1e-32, torch.inf
+    case.v[6], case.v[7, 0, -1:] = torch.nan, torch.inf
+    got = case.run(torch.int8, rotate_keys=False)
+    expected = case.run(torch.int8, rotate_keys=False, impl="ref")
+    assert_same_bits(got[1], expected[1], "keys before the rotation, and scales")
+    assert_same_bits(got[2], expected[2], "values")
+    assert_close(got[0], expected[0], 1e-6, "q")
+    # rotated, codes may be neighbours; nothing is further from its float than half a code
+    k, v = decoded(case, *case.run(torch.int8)[1:])
+    exact = case.run(torch.float32)
+    for stored, floats, axis in ((k, exact[1], 2), (v, exact[2], 3)):
+        if floats.numel() == 0:
+            continue
+        top = floats.abs().amax(axis, keepdim=True)
+        written = ~floats.isnan() & top.isfinite() & (top >= 2.0**-100)
+        assert ((stored - floats).abs() / top)[written.expand_as(floats)].max() <= 1.001 / 254
+    tiny = torch.zeros_like(case.k[0, 0])
+    assert_same_bits(quantize(tiny + 2.0**-101)[0], tiny.to(torch.int8))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_append_without_rotation_equals_angles_of_zero(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    case = Case(*shape)
+    got = case.run(dtype, rotate_keys=False)
+    rotated = case.run(dtype)[0]
+    assert_same_bits(got[0], rotated, "queries are rotated in any case")
+    case.cos, case.sin = torch.ones_like(case.cos), torch.zeros_like(case.sin)
+    expected = case.run(dtype)
+    assert_same_bits(got[1], expected[1])
+    assert_same_bits(got[2], expected[2])
+
+
 def test_append_rounds_to_nearest_even() -> None:
     case = Case(2, 2, 16, 0, 1)
     case.k = (
@@ -104,7 +164,7 @@ def test_append_rounds_to_nearest_even() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_append_rows_are_independent(shape: tuple[int, ...]) -> None:
-    case, dtype = Case(*shape), random.choice([torch.float32, torch.bfloat16])
+    case, dtype = Case(*shape), random.choice([torch.float32, torch.bfloat16, torch.int8])
     _native.set_isa(FAST)
     expected = case.run(dtype)
     one = torch.randperm(70)[:5]
@@ -197,12 +257,18 @@ STORAGE = [
     (3, 2, 20, torch.float32, 32),
     (2, 1, 64, torch.bfloat16, 64),
     (2, 1, 24, torch.bfloat16, 0),  # values lie in the keys
+    (2, 2, 21, torch.int8, 32),
+    (2, 1, 24, torch.int8, 0),
 ]
 
 
 def storage(
     layers: int, heads: int, dim: int, dtype: torch.dtype, padded: int
 ) -> tuple[Tensor, Tensor]:
+    if dtype == torch.int8:
+        k = torch.randint(-128, 128, (layers, 24, heads, dim + (8 if padded else 4), PAGE))
+        v = torch.randint(-128, 128, (layers, 24, heads, PAGE, padded))
+        return k.to(dtype), v.to(dtype)
     k = torch.randn(layers, 24, heads, dim, PAGE).to(dtype)
     return k, torch.randn(layers, 24, heads, PAGE, padded).to(dtype)
 
@@ -260,7 +326,8 @@ def test_move_slots_matches_reference(
     row, src, dst = moves[7]
     for group in range(groups):
         a, b = (int(table[row, group, slot // PAGE]) for slot in (src, dst))
-        assert_same_bits(expected[0][:, b, :, :, dst % PAGE], k[:, a, :, :, src % PAGE])
+        dim = shape[2]
+        assert_same_bits(expected[0][:, b, :, :dim, dst % PAGE], k[:, a, :, :dim, src % PAGE])
         assert_same_bits(expected[1][:, b, :, dst % PAGE], v[:, a, :, src % PAGE])
 
 

@@ -16,6 +16,7 @@ from hasten.decoding.text import TextStream
 from hasten.engine.engine import Engine, EngineConfig, RequestRefused
 from hasten.engine.request import Delta, Logprobs, Request
 from hasten.models.base import Decoder
+from hasten.models.device import parse_device, place
 from hasten.models.loading import load_model, locate, read_facts
 from hasten.models.tokenizer import Tokenizer
 from hasten.stack import Stack
@@ -59,11 +60,13 @@ class Frontend:
         max_length: int | None = None,
         kv_bytes: int | None = None,
         prefix_reuse: bool = True,
+        device: str = "cpu",
         progress: bool = False,
         share: Sequence[Frontend] = (),
     ) -> None:
-        """Sizes as for ``LLM``. The weights of one of ``share`` are used if it has the same model
-        and length and its stack asked for the same weights."""
+        """Arguments as for ``LLM``. The weights of one of ``share`` are used if it has the same
+        model, length and device and its stack asked for the same weights."""
+        where = parse_device(device)
         self.stack = Stack.parse(stack)
         self.max_length = max_length
         self.name = str(model)
@@ -75,6 +78,7 @@ class Frontend:
             front.engine.model
             for front in share
             if (front.folder, front.max_length) == (self.folder, max_length)
+            and front.engine.model.device == where
             and front.stack["weights"] == weights
         ]
         decoder = (
@@ -87,6 +91,8 @@ class Frontend:
                 format=weights,
             )
         )
+        if decoder.device != where:
+            place(decoder, where)
         self.engine: Engine = Engine(
             decoder,
             self.stack,

@@ -35,7 +35,11 @@ class LLM:
         max_length: longest sequence; None = what the model was made for.
         kv_bytes: memory for keys and values; None = a quarter of the free memory, at most 2 GiB.
         prefix_reuse: start from the pages of earlier prompts with the same beginning.
+        device: where weights, keys and values are: "cpu", or "cuda" ("cuda:1") with a GPU.
         progress: show a bar while loading, on a terminal.
+
+    Raises:
+        ValueError: a setting is out of range, or the device cannot be used here.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class LLM:
         max_length: int | None = None,
         kv_bytes: int | None = None,
         prefix_reuse: bool = True,
+        device: str = "cpu",
         progress: bool = False,
     ) -> None:
         self.frontend = Frontend(
@@ -58,6 +63,7 @@ class LLM:
             max_length=max_length,
             kv_bytes=kv_bytes,
             prefix_reuse=prefix_reuse,
+            device=device,
             progress=progress,
         )
         self.last_figures: Figures | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,8 +49,12 @@ class KVLayout:
         key_dim: size of a key.
         value_dim: size of a value.
         groups: the layers.
+        dtype: float32, bfloat16, or int8: codes with one float32 scale for each key and each value,
+            which lie behind the dimensions of a page of keys.
         values_in_keys: a value is the last ``value_dim`` dimensions of its key and is not stored
             again (latent attention).
+        key_space: "rotated", or "pre-rope": keys are stored before the rotation and rotated
+            whenever they are read.
     """
 
     num_kv_heads: int
@@ -58,14 +63,17 @@ class KVLayout:
     groups: tuple[LayerGroup, ...]
     dtype: torch.dtype = torch.float32
     values_in_keys: bool = False
+    key_space: Literal["rotated", "pre-rope"] = "rotated"
 
     def __post_init__(self) -> None:
         if self.values_in_keys and self.value_dim > self.key_dim:
             raise ValueError(
                 f"keys of {self.key_dim} dimensions cannot hold values of {self.value_dim}"
             )
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"keys and values are float32 or bfloat16, not {self.dtype}")
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(f"keys and values are float32, bfloat16 or int8, not {self.dtype}")
+        if self.key_space not in ("rotated", "pre-rope"):
+            raise ValueError(f"key_space is '{self.key_space}', expected rotated or pre-rope")
         for group in self.groups:
             if self.num_kv_heads % group.head_groups:
                 raise ValueError(
@@ -78,11 +86,19 @@ class KVLayout:
         """Size of a stored value row: rounded up so that kernels need no tail, or 0."""
         return 0 if self.values_in_keys else -(-self.value_dim // PAGE_SIZE) * PAGE_SIZE
 
+    @property
+    def key_rows(self) -> int:
+        """Rows of ``PAGE_SIZE`` elements in a page of keys: its dimensions, then of int8 pages the
+        bytes of one float32 scale for each key, and of one for each value that is stored."""
+        if self.dtype != torch.int8:
+            return self.key_dim
+        return self.key_dim + torch.float32.itemsize * (1 if self.values_in_keys else 2)
+
     def page_bytes(self, group: int) -> int:
         """Bytes that one page id of a layer group stands for: all its layers, keys and values."""
         g = self.groups[group]
         heads = self.num_kv_heads // g.head_groups
-        elements = heads * PAGE_SIZE * (self.key_dim + self.stored_value_dim)
+        elements = heads * PAGE_SIZE * (self.key_rows + self.stored_value_dim)
         return len(g.layers) * elements * self.dtype.itemsize
 
     def block_bytes(self) -> int:
@@ -110,9 +126,13 @@ def uniform_layout(
     return KVLayout(num_kv_heads, head_dim, head_dim, groups, dtype)
 
 
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take no memory until they are written: a large pool then starts at once and
-    costs what is used of it. (``torch.zeros`` writes every byte.)"""
+def _untouched_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros that on the CPU take no memory until they are written: a large pool then starts at
+    once and costs what is used of it. (``torch.zeros`` writes every byte.)"""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     count = math.prod(shape) * dtype.itemsize
     memory = np.zeros(count + LINE, np.uint8)
     start = -memory.ctypes.data % LINE  # vector loads then never straddle two cache lines
@@ -122,13 +142,18 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 class KVStorage:
     """The page tensors of one runner.
 
-    For each layer group ``k[g]`` is [layers, pages, heads, key_dim, PAGE_SIZE] (dimension-major)
+    For each layer group ``k[g]`` is [layers, pages, heads, key_rows, PAGE_SIZE] (dimension-major)
     and ``v[g]`` is [layers, pages, heads, PAGE_SIZE, stored_value_dim] (row-major, the padding
     zero; without elements where values lie in the keys). ``layer(i)`` gives the views and the
     group of one layer.
     """
 
-    def __init__(self, layout: KVLayout, num_pages: Sequence[int]) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_pages: Sequence[int],
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ) -> None:
         self.layout = layout
         self.num_pages = list(num_pages)
         self.k: list[torch.Tensor] = []
@@ -137,8 +162,8 @@ class KVStorage:
         for index, (group, pages) in enumerate(zip(layout.groups, num_pages, strict=True)):
             heads = layout.num_kv_heads // group.head_groups
             lead = (len(group.layers), pages, heads)
-            k = _untouched_zeros((*lead, layout.key_dim, PAGE_SIZE), layout.dtype)
-            v = _untouched_zeros((*lead, PAGE_SIZE, layout.stored_value_dim), layout.dtype)
+            k = _untouched_zeros((*lead, layout.key_rows, PAGE_SIZE), layout.dtype, device)
+            v = _untouched_zeros((*lead, PAGE_SIZE, layout.stored_value_dim), layout.dtype, device)
             self.k.append(k)
             self.v.append(v)
             for i, layer in enumerate(group.layers):

@@ -25,6 +25,7 @@ def chat(
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
+    device: o.Device = "cpu",
 ) -> None:
     """Talk to a model. Earlier turns stay in the prefix cache, so only new text is computed."""
     with o.one_line_errors():
@@ -45,6 +46,7 @@ def chat(
             max_sequences=1,
             max_length=max_length,
             kv_bytes=kv_bytes,
+            device=device,
             progress=True,
         )
         if not llm.tokenizer.has_chat_template:

@@ -31,6 +31,7 @@ def generate(
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
+    device: o.Device = "cpu",
 ) -> None:
     """Complete one prompt. Text goes to standard output, figures to standard error.
 
@@ -61,6 +62,7 @@ def generate(
             max_sequences=n,
             max_length=max_length,
             kv_bytes=kv_bytes,
+            device=device,
             progress=True,
         )
         given = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt

@@ -81,6 +81,11 @@ Convert = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 
 
+Device = Annotated[
+    str, typer.Option(help="Where the model runs: cpu, or cuda (cuda:1) with a GPU.")
+]
+
+
 def set_threads(threads: int | None) -> None:
     """Threads for the kernels and for torch, before a model is loaded."""
     if threads is None:

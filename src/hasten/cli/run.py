@@ -61,6 +61,7 @@ def run(
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
+    device: o.Device = "cpu",
 ) -> None:
     """Answer many prompts in one continuous batch.
 
@@ -123,6 +124,7 @@ def run(
             max_sequences=batch,
             max_length=max_length,
             kv_bytes=kv_bytes,
+            device=device,
             progress=True,
         )
         runner = ItemRunner(llm.frontend, params, truncate)

@@ -25,6 +25,7 @@ from hasten.decoding.sampling import NoTokenLeft, Sampler, top_logprobs
 from hasten.decoding.text import TextStream
 from hasten.engine.batch import Batch, Segment
 from hasten.engine.clock import Clock, WallClock
+from hasten.engine.cuda_graph import DeviceRunner
 from hasten.engine.executor import Executor, InlineExecutor, Moves, Output, Runner
 from hasten.engine.request import Delta, Figures, FinishReason, Logprobs, Request, Sequence
 from hasten.models.base import Decoder
@@ -118,7 +119,7 @@ class Engine:
         self.model = model
         facts = model.config
         stack.check(facts.provides, facts.architecture)
-        plain = facts.kv_layout(stack["codec"].torch_dtype)
+        plain = stack["codec"].layout(facts.kv_layout())
         groups = tuple(stack["select"].view(group) for group in plain.groups)
         layout = replace(plain, groups=groups)
         longest = self.config.max_length or facts.max_positions
@@ -135,8 +136,13 @@ class Engine:
             )
         self.max_length = min(longest, blocks * PAGE_SIZE)
         self.cache = CacheManager(layout, blocks, self.config.max_sequences, self.max_length + 1)
-        storage = KVStorage(layout, [p.num_pages for p in self.cache.pools])
-        self.executor: Executor = InlineExecutor(Runner(model, storage))
+        storage = KVStorage(layout, [p.num_pages for p in self.cache.pools], model.device)
+        runner = (
+            Runner(model, storage)
+            if model.device.type == "cpu"
+            else DeviceRunner(model, storage, self.max_length + 1)
+        )
+        self.executor: Executor = InlineExecutor(runner)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}

@@ -211,6 +211,8 @@ class Decoder(ABC):
     """A decoder-only language model. Holds weights only, so one instance serves any runner."""
 
     config: ModelConfig
+    device: torch.device = torch.device("cpu")
+    """Where the weights are; `hasten.models.device.place` brings them elsewhere."""
     embedding: Weight
     """Of the tokens, [V, H]."""
     norm: Tensor

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hasten.cache.layout import PAGE_SIZE
 from hasten.kernels.linear import (
     Weight,
     linear,
@@ -240,13 +241,22 @@ class Rope:
     def __init__(self, facts: RopeFacts) -> None:
         self._frequencies = torch.tensor(facts.frequencies, dtype=torch.float32)
         self._magnitude = facts.magnitude
+        self._device = torch.device("cpu")
         self._tables = self._compute(0, 2048)
+        self._page_tables: tuple[Tensor, Tensor] | None = None
 
     def _compute(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(start, end, dtype=torch.float32)
         angles = (positions[:, None] * self._frequencies).double()
         cos, sin = angles.cos() * self._magnitude, angles.sin() * self._magnitude
-        return cos.float(), sin.float()
+        device = self._device
+        return cos.float().to(device), sin.float().to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Keep the tables on a device; they are still computed on the CPU, with the same bits."""
+        self._device = device
+        cos, sin = self._tables
+        self._tables = cos.to(device), sin.to(device)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), float32 [at least length, D / 2]. Rows never change as the tables grow."""
@@ -256,6 +266,16 @@ class Rope:
         more = self._compute(cos.shape[0], 1 << (length - 1).bit_length())
         self._tables = tables = torch.cat([cos, more[0]]), torch.cat([sin, more[1]])
         return tables
+
+    def page_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """The same as keys lie in pages: [blocks, D / 2, 16] of at least ``length`` positions."""
+        if self._page_tables is None or length > self._page_tables[0].shape[0] * PAGE_SIZE:
+            cos, sin = (
+                table.unflatten(0, (-1, PAGE_SIZE)).transpose(1, 2).contiguous()
+                for table in self.tables(length)
+            )
+            self._page_tables = cos, sin
+        return self._page_tables
 
 
 def rope_facts(

@@ -38,7 +38,7 @@ __all__ = ["CheckpointError", "architectures", "load_config", "load_model", "loc
 log = logging.getLogger(__name__)
 
 PARTS = {"base", "chat_template", "checkpoint", "facts", "gguf", "layers", "loading", "paged"}
-PARTS |= {"tokenizer"}
+PARTS |= {"device", "tokenizer"}
 """Modules of this package that are not architectures."""
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<file>[\w.-]+))?(@(?P<revision>[\w./-]+))?")

@@ -52,8 +52,20 @@ class PagedKV:
         if rope not in self._angles:
             self._angles[rope] = rope.tables(self.length)
         cos, sin = self._angles[rope]
+        rotated = self.storage.layout.key_space == "rotated"
         append(
-            q, k, v, cos, sin, self.positions, self.slots, self.table_row, table, k_pages, v_pages
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            self.positions,
+            self.slots,
+            self.table_row,
+            table,
+            k_pages,
+            v_pages,
+            rotated,
         )
         out = paged_attention(
             q,
@@ -69,6 +81,7 @@ class PagedKV:
             group.sinks,
             softcap,
             value_dim=self.storage.layout.value_dim,
+            rope=None if rotated else rope.page_tables(self.length),
         )
         assert isinstance(out, Tensor)  # alone, as no log-sum-exp was asked for
         return out.flatten(1)

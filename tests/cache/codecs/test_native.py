@@ -19,11 +19,21 @@ def test_types() -> None:
     assert Native("bfloat16").torch_dtype is torch.bfloat16
     with pytest.raises(ValueError, match="dtype is 'half', expected one of float32, bfloat16"):
         Native("half")
+    with pytest.raises(ValueError, match="keys is 'raw', expected rotated or pre-rope"):
+        Native(keys="raw")
 
 
-def logprobs(model: Decoder, dtype: str, budget: int) -> list[float]:
-    stack = Stack.parse(f"codec=native(dtype={dtype})")
-    engine = Engine(model, stack, EngineConfig(max_sequences=2, max_batch_tokens=budget))
+def test_keys_before_the_rotation_change_no_bit(tiny: Callable[..., Decoder]) -> None:
+    model = tiny("llama")
+    expected = logprobs(model, "codec=native", 64)
+    assert logprobs(model, "codec=native(keys=pre-rope)", 64) == expected
+    assert logprobs(model, "codec=native(keys=pre-rope)", 7) == expected
+
+
+def logprobs(model: Decoder, stack: str, budget: int) -> list[float]:
+    engine = Engine(
+        model, Stack.parse(stack), EngineConfig(max_sequences=2, max_batch_tokens=budget)
+    )
     prompt = [(7 * i * i + 3) % 61 for i in range(45)]
     params = SamplingParams(max_tokens=9, prompt_logprobs=0, logprobs=0, ignore_eos=True)
     request = engine.add(prompt, params)
@@ -42,8 +52,9 @@ def test_bfloat16_halves_the_bytes_and_stays_position_pure(tiny: Callable[..., D
         engine = Engine(model, Stack.parse(f"codec=native(dtype={dtype})"))
         sizes[dtype] = engine.cache.layout.block_bytes()
     assert sizes["float32"] == 2 * sizes["bfloat16"]
-    exact, rounded = logprobs(model, "float32", 64), logprobs(model, "bfloat16", 64)
+    half = "codec=native(dtype=bfloat16)"
+    exact, rounded = logprobs(model, "codec=native", 64), logprobs(model, half, 64)
     assert len(exact) == len(rounded) == 44 + 9
-    assert rounded == logprobs(model, "bfloat16", 7), "chunks change nothing"
+    assert rounded == logprobs(model, half, 7), "chunks change nothing"
     assert exact != rounded
     assert max(abs(a - b) for a, b in zip(exact[:44], rounded[:44], strict=True)) < 0.5

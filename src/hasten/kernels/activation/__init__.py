@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.activation import cpu, ref
-from hasten.kernels.dispatch import choose
+from hasten.kernels.dispatch import operation
 
 KINDS = ("silu", "gelu_tanh")
 
@@ -17,9 +16,11 @@ def gated(x: Tensor, kind: str, *, impl: str | None = None) -> Tensor:
     """
     if kind not in KINDS:
         raise ValueError(f"activation {kind!r} is none of {', '.join(KINDS)}")
-    return cpu.gated(x, kind) if choose(impl, x) == "cpu" else ref.gated(x, kind)
+    out: Tensor = operation(__name__, "gated", impl, x)(x, kind)
+    return out
 
 
 def softcap(x: Tensor, cap: float, *, impl: str | None = None) -> Tensor:
     """``cap * tanh(x / cap)`` for a contiguous float32 ``x`` of any shape; ``cap`` > 0."""
-    return cpu.softcap(x, cap) if choose(impl, x) == "cpu" else ref.softcap(x, cap)
+    out: Tensor = operation(__name__, "softcap", impl, x)(x, cap)
+    return out

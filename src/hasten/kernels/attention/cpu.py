@@ -23,11 +23,13 @@ def paged_attention(
     softcap: float | None,
     return_lse: bool,
     value_dim: int,
+    rope: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the row itself, not {window} positions")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"the soft cap must be positive, not {softcap}")
+    cos, sin = rope or (None, None)
     out = torch.empty((*q.shape[:2], value_dim))
     lse = torch.empty(q.shape[:2]) if return_lse else None
     _native.paged_attention(
@@ -43,6 +45,8 @@ def paged_attention(
         window or 0,
         sinks,
         softcap or 0.0,
+        cos,
+        sin,
         out,
         lse,
     )

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from hasten.kernels.rope.ref import rotate, scales_of
+
 PAGE = 16
 CHUNK = 64
 
@@ -68,8 +70,9 @@ def paged_attention(
     softcap: float | None,
     return_lse: bool,
     value_dim: int,
+    rope: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    rows, q_heads, _ = q.shape
+    rows, q_heads, dim = q.shape
     groups, heads = table.shape[1], k_pages.shape[1]
     shared = q_heads // (groups * heads)
     out = q.new_empty(rows, q_heads, value_dim)
@@ -80,11 +83,18 @@ def paged_attention(
             page = table[int(table_row[row]), head // heads, slots // PAGE].long()
             if ((page < 0) | (page >= len(k_pages))).any():
                 raise ValueError(f"row {row} reads a block that holds no valid page")
-            k = k_pages[page, head % heads, :, slots % PAGE].to(q.dtype)
-            if v_pages.shape[3]:
-                v = v_pages[page, head % heads, slots % PAGE, :value_dim].to(q.dtype)
-            else:
-                v = k[:, k.shape[1] - value_dim :]
+            where = page, head % heads, slots % PAGE
+            k = k_pages[where[0], where[1], :dim, where[2]].to(q.dtype)
+            v = v_pages[where][:, :value_dim].to(q.dtype)
+            if k_pages.dtype == torch.int8:
+                scales = [s[where][:, None].to(q.dtype) for s in scales_of(k_pages, dim)]
+                k = k * scales[0]
+                v = v * scales[-1]
+            if rope is not None:
+                cos, sin = (angles[at // PAGE, :, at % PAGE].to(q.dtype) for angles in rope)
+                k = rotate(k[:, None], cos, sin)[:, 0]
+            if v_pages.shape[3] == 0:
+                v = k[:, dim - value_dim :]
             for i in range(head * shared, (head + 1) * shared):
                 out[row, i], lse[row, i] = attend(q[row, i], k, v, at, scale, softcap)
     return out, lse if return_lse else None

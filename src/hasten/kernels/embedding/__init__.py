@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.embedding import cpu, ref
+from hasten.kernels.dispatch import operation
 from hasten.kernels.linear import PackedWeight, Weight, implementation
 
 
@@ -16,4 +15,5 @@ def embed(ids: Tensor, w: Weight, *, impl: str | None = None) -> Tensor:
     """
     if not isinstance(w, PackedWeight):
         return implementation(w, impl, ids).embed(ids, w)
-    return cpu.embed(ids, w) if choose(impl, ids) == "cpu" else ref.embed(ids, w)
+    rows: Tensor = operation(__name__, "embed", impl, ids)(ids, w)
+    return rows

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
+from hasten.kernels.dispatch import choose, module
 from hasten.kernels.linear import cpu, quantized_cpu, quantized_ref, ref
+from hasten.kernels.linear.device import DeviceWeight
 from hasten.kernels.linear.packed import (
     GROUP,
     PANEL,
@@ -34,6 +35,7 @@ __all__ = [
     "GROUP",
     "GROUPS",
     "PANEL",
+    "DeviceWeight",
     "ExpertWeights",
     "Int4Weight",
     "Int8Weight",
@@ -55,10 +57,11 @@ __all__ = [
     "unpack",
 ]
 
-Weight = PackedWeight | Int8Weight | Int4Weight
+Weight = PackedWeight | Int8Weight | Int4Weight | DeviceWeight
 """What a linear layer multiplies by."""
 
-# For each kind of weight the modules that have `linear`, `unpack` and `embed` for it.
+# For each kind of weight the modules that have `linear`, `linear_gated`, `linear_experts`, `unpack`
+# and `embed` for it.
 _FAMILIES: dict[type, dict[str, Any]] = {
     PackedWeight: {"ref": ref, "cpu": cpu},
     Int8Weight: {"ref": quantized_ref, "cpu": quantized_cpu},
@@ -68,7 +71,13 @@ _FAMILIES: dict[type, dict[str, Any]] = {
 
 def implementation(w: Weight, impl: str | None, tensor: Tensor) -> Any:
     """The module that computes with this kind of weight, for tensors like this one."""
-    return _FAMILIES[type(w)][choose(impl, tensor)]
+    chosen = choose(impl, tensor)
+    if isinstance(w, DeviceWeight) != (chosen == "triton"):
+        raise TypeError(
+            f"a {type(w).__name__} is not what '{chosen}' kernels read; hasten.models.device.place "
+            "brings a model's weights to a device"
+        )
+    return module(__name__, "triton") if chosen == "triton" else _FAMILIES[type(w)][chosen]
 
 
 def pack(weight: Tensor, *, gated: bool = False, impl: str | None = None) -> PackedWeight:
@@ -226,12 +235,14 @@ def linear(
     ``x`` is float32 [R, K], ``bias`` float32 [N], ``add`` (a residual) float32 [R, N], the result
     float32 [R, N], written to ``out`` if given, which may be ``add`` but must not overlap ``x``;
     rows of all of them may be strided. Weights in bfloat16 are widened to float32; activations are
-    then never narrowed, and each output is one chain of fused multiply-adds over K in ascending
-    order from 0, then the bias, then ``add``, whatever the number of rows. Against 8-bit and 4-bit
-    weights a row of activations becomes 8-bit codes, with one scale a row or a group of inputs,
-    sums of products are exact integers, and groups are added in ascending order (``quantized_ref``
-    has each operation). Raises TypeError or ValueError for other types or shapes, and for a gated
-    weight.
+    then never narrowed. Each output is one chain of fused multiply-adds over K in ascending order
+    from 0, then the bias, then ``add``, whatever the number of rows.
+
+    Against 8-bit and 4-bit weights a row of activations becomes 8-bit codes, with a scale for the
+    row or for each group of inputs; sums of products are exact integers, and those of groups are
+    added in ascending order, then the bias, then ``add`` (`quantized_ref` has each operation).
+
+    Raises TypeError or ValueError for other types or shapes, and for a gated weight.
     """
     if w.gated:
         raise ValueError("the weight has a gate and an up half; linear_gated reads it")
@@ -260,7 +271,11 @@ def linear_gated(
 
 
 def linear_grouped(
-    x: Tensor, w: PackedWeight, out: Tensor | None = None, *, impl: str | None = None
+    x: Tensor,
+    w: PackedWeight | DeviceWeight,
+    out: Tensor | None = None,
+    *,
+    impl: str | None = None,
 ) -> Tensor:
     """``y[r, g] = x[r, g] @ weight[g].T`` for the groups (heads) of a row.
 
@@ -268,9 +283,7 @@ def linear_grouped(
     written to ``out`` if given; rows and groups of both may be strided. Each output is computed as
     in `linear`. Raises TypeError or ValueError for other types or shapes.
     """
-    if choose(impl, x) == "cpu":
-        return cpu.linear_grouped(x, w, out)
-    return ref.linear_grouped(x, w, out)
+    return implementation(w, impl, x).linear_grouped(x, w, out)
 
 
 def linear_experts(
@@ -290,6 +303,7 @@ def linear_experts(
     """
     if w.gated != (kind is not None):
         raise ValueError("an activation goes with gated weights, and only with them")
-    if choose(impl, x) == "cpu":
-        return cpu.linear_experts(x, w, offsets, kind)
-    return ref.linear_experts(x, w.weights, offsets, kind)
+    chosen = implementation(w.weights[0], impl, x)
+    if not hasattr(chosen, "linear_experts"):
+        raise RuntimeError("linear_experts has no 'triton' implementation")
+    return chosen.linear_experts(x, w, offsets, kind)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,29 +83,36 @@ def packed_size(n: int, k: int, dtype: torch.dtype, gated: bool = False) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """The same matrix of each expert, [n, k] all, for one call over rows grouped by expert."""
+    """The same matrix of each expert, [n, k] all, for one call over rows grouped by expert.
 
-    weights: tuple[PackedWeight, ...]
+    ``weights`` are all of one kind, and equal in everything but their numbers.
+    """
+
+    weights: tuple[Any, ...]
     table: _native.TensorList = field(repr=False)
 
     @property
     def n(self) -> int:
-        return self.weights[0].n
+        return int(self.weights[0].n)
 
     @property
     def k(self) -> int:
-        return self.weights[0].k
+        return int(self.weights[0].k)
 
     @property
     def gated(self) -> bool:
-        return self.weights[0].gated
+        return bool(self.weights[0].gated)
 
 
-def stack_experts(weights: Sequence[PackedWeight]) -> ExpertWeights:
-    """Gather the weights of experts, which stay where they are.
+def stack_experts(weights: Sequence[Any]) -> ExpertWeights:
+    """Gather the weights of experts, of any kind that `linear` takes, which stay where they are.
 
     Raises ValueError unless there is at least one and all are alike in shape, type and gate.
     """
-    if len({(w.n, w.k, w.gated, w.dtype) for w in weights}) != 1:
+
+    def facts(w: Any) -> tuple[Any, ...]:
+        return type(w), w.data.dtype, *(getattr(w, f.name) for f in fields(w) if f.name != "data")
+
+    if len({facts(w) for w in weights}) != 1:
         raise ValueError("the weights of experts must all have one shape and type")
     return ExpertWeights(tuple(weights), _native.TensorList([w.data for w in weights]))

@@ -4,7 +4,7 @@ A weight is one stream of bytes, cut into *strips* of up to 4 panels of 16 outpu
 has the panels that are left). Inside a strip everything that belongs to an input stands together
 for all its outputs, so that a kernel reads memory from front to back:
 
-- int8: codes + 128 as bytes [ceil(K / 4)][panels][16 outputs][4 inputs], then scales float32
+- int8: codes + 128 as bytes [4 * ceil(K / 16)][panels][16 outputs][4 inputs], then scales float32
   [panels][16]. Inputs beyond K are met by zero activations.
 - int4, for each group of inputs: codes [group / 8][panels][16 outputs][4], where byte j holds the
   code of input j in its low half and that of input j + 4 in its high half; then scales float16
@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hasten.kernels.memory import weight_memory
+
 PANEL = 16
 """Outputs in a panel: the width of the kernels' vectors."""
 STRIP = 4
@@ -35,10 +37,9 @@ MAX_INPUTS = 1 << 17
 class Int8Weight:
     """A weight [n, k] of codes in [-127, 127] with one scale an output: ``code * scale``.
 
-    ``data`` is uint8, the stream that the module describes; weights of several experts lie one
-    after the other, ``data`` [experts, bytes]. With ``gated`` the first half of the outputs are
-    gates and the others what they multiply, n = 2 F, and the panels of both alternate, starting
-    with a gate's; each half is padded to whole panels.
+    ``data`` is uint8, the stream that the module describes. With ``gated`` the outputs are two
+    halves, gate and up, whose panels alternate (gate 0, up 0, gate 1, ...), so that a strip has
+    both sides of its results.
     """
 
     data: Tensor
@@ -54,7 +55,7 @@ class Int8Weight:
     @property
     def size(self) -> int:
         """Numbers in the weight, without padding."""
-        return (self.data.shape[0] if self.data.dim() == 2 else 1) * self.n * self.k
+        return self.n * self.k
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +86,7 @@ class Int4Weight:
     @property
     def size(self) -> int:
         """Numbers in the weight, without padding."""
-        return (self.data.shape[0] if self.data.dim() == 2 else 1) * self.n * self.k
+        return self.n * self.k
 
     @property
     def nbytes(self) -> int:
@@ -101,9 +102,9 @@ def panels_of(n: int, gated: bool) -> int:
 
 
 def stream_bytes(w: Quantized) -> int:
-    """Bytes of the stream of one weight (of each expert)."""
+    """Bytes of the stream of a weight."""
     if isinstance(w, Int8Weight):
-        panel = PANEL * (-(-w.k // 4) * 4 + 4)
+        panel = PANEL * (-(-w.k // 16) * 16 + 4)
     else:
         panel = PANEL * (w.k // w.group) * (w.group // 2 + 2 + w.asymmetric)
     return panels_of(w.n, w.gated) * panel
@@ -117,7 +118,7 @@ def empty_int8(n: int, k: int, *, gated: bool = False) -> Int8Weight:
         )
     _check_outputs(n, gated)
     w = Int8Weight(torch.empty(0), n, k, gated)
-    return replace(w, data=torch.zeros(stream_bytes(w), dtype=torch.uint8))
+    return replace(w, data=weight_memory((stream_bytes(w),), torch.uint8))
 
 
 def empty_int4(
@@ -130,12 +131,12 @@ def empty_int4(
         raise ValueError(f"{k} inputs are no whole number of groups of {group}")
     _check_outputs(n, gated)
     w = Int4Weight(torch.empty(0), n, k, group, asymmetric, gated)
-    return replace(w, data=torch.zeros(stream_bytes(w), dtype=torch.uint8))
+    return replace(w, data=weight_memory((stream_bytes(w),), torch.uint8))
 
 
 def _check_outputs(n: int, gated: bool) -> None:
     if gated and n % 2:
-        raise ValueError(f"{n} outputs are not gates and as many values")
+        raise ValueError(f"a weight of {n} outputs has no gate and up halves")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hasten.kernels.activation.ref import gated
+from hasten.kernels.linear.packed import ExpertWeights
 from hasten.kernels.linear.quantized import (
     PANEL,
     STRIP,
@@ -22,6 +24,7 @@ from hasten.kernels.linear.quantized import (
     panels_of,
     stream_bytes,
 )
+from hasten.kernels.linear.ref import rows_of_experts
 
 LEAST = 2.0**-100
 """Activations whose largest magnitude is below this count as zeros: 127 / amax stays finite."""
@@ -34,12 +37,13 @@ def quantize(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     to even, with ``amax = max |x|``. A block of zeros has scale 0; one with an infinity or NaN has
     scale NaN and codes 0, so that it shows in every output.
     """
-    parts = x.reshape(len(x), -1, block)
+    parts = x.reshape(len(x), x.shape[1] // block, block)
     amax = parts.abs().amax(-1)
     finite, some = amax.isfinite(), amax >= LEAST
-    inverse = torch.where(finite & some, 127.0 / amax, 0.0)
+    most = torch.full_like(amax, 127.0)  # 127.0 / amax would be two operations, and round twice
+    inverse = torch.where(finite & some, most / amax, 0.0)
     codes = (torch.where(finite[..., None], parts, 0.0) * inverse[..., None]).round()
-    scale = torch.where(some, amax / 127.0, 0.0)
+    scale = torch.where(some, amax / most, 0.0)
     scale = torch.where(finite, scale, float("nan"))
     return codes.to(torch.int8).reshape(x.shape), scale
 
@@ -59,15 +63,26 @@ def linear(
     out: Tensor | None = None,
     add: Tensor | None = None,
 ) -> Tensor:
-    if isinstance(w, Int8Weight):
-        y = _linear_int8(x, w)
-    else:
-        y = _linear_int4(x, w)
+    y = _linear_int8(x, w) if isinstance(w, Int8Weight) else _linear_int4(x, w)
     if bias is not None:
         y = y + bias
     if add is not None:
         y = y + add
     return y if out is None else out.copy_(y)
+
+
+def linear_gated(
+    x: Tensor, w: Quantized, kind: str, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    y = gated(linear(x, w, bias), kind)
+    return y if out is None else out.copy_(y)
+
+
+def linear_experts(x: Tensor, w: ExpertWeights, offsets: Tensor, kind: str | None = None) -> Tensor:
+    parts = zip(rows_of_experts(x, offsets, len(w.weights)), w.weights, strict=True)
+    return torch.cat(
+        [linear(part, e) if kind is None else linear_gated(part, e, kind) for part, e in parts]
+    )
 
 
 def _linear_int8(x: Tensor, w: Int8Weight) -> Tensor:
@@ -104,14 +119,14 @@ def unpack(w: Quantized) -> Tensor:
     if isinstance(w, Int8Weight):
         return rows.codes.float() * rows.scale[:, None]
     zero = 8.0 if rows.zero is None else rows.zero.float()[..., None]
-    parts = rows.codes.float().view(w.n, -1, w.group)
+    parts = rows.codes.float().view(w.n, w.k // w.group, w.group)
     return ((parts - zero) * rows.scale.float()[..., None]).view(w.n, w.k)
 
 
 def unpack_codes(w: Quantized) -> Rows:
     every = torch.arange(w.n)
     if isinstance(w, Int8Weight):
-        codes = torch.empty((w.n, -(-w.k // 4), 4), dtype=torch.uint8)
+        codes = torch.empty((w.n, 4 * -(-w.k // 16), 4), dtype=torch.uint8)
         scale = torch.empty(w.n)
         for chosen, strip, panel, lane, (stored, scales) in _int8_places(w, every):
             codes[chosen] = stored[strip, panel, lane]
@@ -134,9 +149,9 @@ def put(rows: Rows, w: Quantized, first: int) -> None:
     """Write rows ``first`` and following of a weight into its stream."""
     where = torch.arange(first, first + len(rows.codes))
     if isinstance(w, Int8Weight):
-        codes = torch.zeros((len(where), -(-w.k // 4) * 4), dtype=torch.uint8)
+        codes = torch.zeros((len(where), 16 * -(-w.k // 16)), dtype=torch.uint8)
         codes[:, : w.k] = rows.codes.view(torch.uint8)
-        quads = (codes ^ 128).view(len(where), -1, 4)
+        quads = (codes ^ 128).view(len(where), codes.shape[1] // 4, 4)
         for chosen, strip, panel, lane, (stored, scales) in _int8_places(w, where):
             stored[strip, panel, lane] = quads[chosen]
             scales[strip, panel, lane] = rows.scale[chosen]
@@ -175,7 +190,8 @@ def _places(w: Quantized, where: Tensor) -> Iterator[tuple[Tensor, Tensor, Tenso
 
 def _int8_places(w: Int8Weight, where: Tensor) -> Places:
     for chosen, strip, panel, lane, data in _places(w, where):
-        quads, outputs = -(-w.k // 4), data.shape[1] // (-(-w.k // 4) * 4 + 4)
+        quads = 4 * -(-w.k // 16)
+        outputs = data.shape[1] // (4 * quads + 4)
         end = quads * outputs * 4
         codes = data[:, :end].view(len(data), quads, -1, PANEL, 4).permute(0, 2, 3, 1, 4)
         scales = data[:, end:].view(torch.float32).view(len(data), -1, PANEL)

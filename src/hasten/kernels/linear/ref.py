@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.activation import ref as activation
-from hasten.kernels.linear.packed import GROUP, PANEL, PackedWeight, depth, panels
+from hasten.kernels.linear.packed import GROUP, PANEL, ExpertWeights, PackedWeight, depth, panels
 
 
 def rows_in_order(n: int, gated: bool) -> Tensor:
@@ -87,16 +87,16 @@ def linear_grouped(x: Tensor, w: PackedWeight, out: Tensor | None = None) -> Ten
     return y if out is None else out.copy_(y)
 
 
-def linear_experts(
-    x: Tensor, weights: tuple[PackedWeight, ...], offsets: Tensor, kind: str | None = None
-) -> Tensor:
-    bounds = offsets.tolist()
-    parts = [x[begin:end] for begin, end in pairwise(bounds)]
-    if len(parts) != len(weights) or bounds != sorted(bounds) or bounds[0] or bounds[-1] != len(x):
-        raise ValueError(f"offsets {bounds} do not divide {len(x)} rows among {len(weights)}")
+def linear_experts(x: Tensor, w: ExpertWeights, offsets: Tensor, kind: str | None = None) -> Tensor:
+    parts = zip(rows_of_experts(x, offsets, len(w.weights)), w.weights, strict=True)
     return torch.cat(
-        [
-            linear(part, w) if kind is None else linear_gated(part, w, kind)
-            for part, w in zip(parts, weights, strict=True)
-        ]
+        [linear(part, e) if kind is None else linear_gated(part, e, kind) for part, e in parts]
     )
+
+
+def rows_of_experts(x: Tensor, offsets: Tensor, count: int) -> list[Tensor]:
+    """The rows of each of ``count`` experts: those from ``offsets[e]`` to ``offsets[e + 1]``."""
+    bounds = offsets.tolist()
+    if len(bounds) != count + 1 or bounds != sorted(bounds) or bounds[0] or bounds[-1] != len(x):
+        raise ValueError(f"offsets {bounds} do not divide {len(x)} rows among {count}")
+    return [x[begin:end] for begin, end in pairwise(bounds)]

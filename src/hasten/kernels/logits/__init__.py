@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.logits import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def row_max_lse(logits: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -14,6 +13,5 @@ def row_max_lse(logits: Tensor, *, impl: str | None = None) -> tuple[Tensor, Ten
     Ties go to the lowest id. A row that holds a NaN gives 0, NaN, NaN; a row of -inf gives 0,
     -inf, -inf. The sum has a fixed order: blocks of 8192 columns, 16 lanes in each.
     """
-    if choose(impl, logits) == "cpu":
-        return cpu.row_max_lse(logits)
-    return ref.row_max_lse(logits)
+    argmax, top, lse = operation(__name__, "row_max_lse", impl, logits)(logits)
+    return argmax, top, lse

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.moe import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def route(
@@ -26,8 +25,9 @@ def route(
     best expert, ties to the lower group. Raises ValueError unless 1 <= k <= the experts that can be
     chosen.
     """
-    run = cpu.route if choose(impl, router_logits) == "cpu" else ref.route
-    return run(router_logits, k, normalize, groups, top_groups)
+    run = operation(__name__, "route", impl, router_logits)
+    ids, weights = run(router_logits, k, normalize, groups, top_groups)
+    return ids, weights
 
 
 def group_rows(
@@ -39,13 +39,14 @@ def group_rows(
     ``offsets[e + 1]`` are expert e's, ``order`` has the row of each place, ``slots`` the place of
     each choice. Raises IndexError for an id outside of [0, E).
     """
-    run = cpu.group_rows if choose(impl, ids) == "cpu" else ref.group_rows
-    return run(ids, experts)
+    offsets, order, slots = operation(__name__, "group_rows", impl, ids)(ids, experts)
+    return offsets, order, slots
 
 
 def gather(x: Tensor, index: Tensor, *, impl: str | None = None) -> Tensor:
     """Rows ``index`` int32 [n] of ``x`` float32 [R, H]; IndexError for one that is not there."""
-    return cpu.gather(x, index) if choose(impl, x) == "cpu" else ref.gather(x, index)
+    rows: Tensor = operation(__name__, "gather", impl, x)(x, index)
+    return rows
 
 
 def combine(
@@ -63,5 +64,5 @@ def combine(
     from 0 by ascending slot, which with slots from `group_rows` is by ascending expert.
     Raises IndexError for a slot that is not there.
     """
-    run = cpu.combine if choose(impl, y) == "cpu" else ref.combine
-    return run(y, slots, shares, add)
+    total: Tensor = operation(__name__, "combine", impl, y)(y, slots, shares, add)
+    return total

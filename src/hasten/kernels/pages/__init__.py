@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.pages import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, *, impl: str | None = None) -> None:
     """Copy whole pages over all layers, ``src[i]`` to ``dst[i]`` in the given order.
 
-    ``k`` is [L, N, Hg, D, 16], ``v`` [L, N, Hg, 16, Dp] (Dp may be 0), float32 or bfloat16;
-    ``src`` and ``dst`` are int64 [n]. Raises ValueError for page ids outside of [0, N), before
-    anything is written.
+    ``k`` is [L, N, Hg, D, 16], ``v`` [L, N, Hg, 16, Dp] (Dp may be 0), float32, bfloat16 or int8
+    (with rows for scales, see :func:`hasten.kernels.attention.paged_attention`); ``src`` and
+    ``dst`` are int64 [n]. Raises ValueError for page ids outside of [0, N), before anything is
+    written.
     """
-    run = cpu.copy_pages if choose(impl, k) == "cpu" else ref.copy_pages
-    run(k, v, src, dst)
+    operation(__name__, "copy_pages", impl, k)(k, v, src, dst)
 
 
 def move_slots(
@@ -38,5 +37,5 @@ def move_slots(
     ``src_slot`` and ``dst_slot`` int32 [m]. Raises ValueError for slots beyond the table or in
     blocks without a page, before anything is written.
     """
-    run = cpu.move_slots if choose(impl, k) == "cpu" else ref.move_slots
+    run = operation(__name__, "move_slots", impl, k)
     run(k, v, table, table_row, src_slot, dst_slot)

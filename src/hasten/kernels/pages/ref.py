@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from hasten.kernels.rope.ref import scales_of
 
 PAGE = 16
 
@@ -28,9 +31,16 @@ def move_slots(
             pages = table[row, :, slot // PAGE]
             if ((pages < 0) | (pages >= k.shape[1])).any():
                 raise ValueError(f"slot {slot} lies in a block that holds no valid page")
+    dim = k.shape[3]
+    floats: tuple[Tensor, ...] = ()
+    if k.dtype == torch.int8:
+        dim -= 8 if v.shape[4] else 4
+        floats = tuple(s.unflatten(0, k.shape[:2]) for s in scales_of(k.flatten(0, 1), dim))
     for row, src, dst in moves:
         for group in range(table.shape[1]):
             a = int(table[row, group, src // PAGE])
             b = int(table[row, group, dst // PAGE])
-            k[:, b, :, :, dst % PAGE] = k[:, a, :, :, src % PAGE].clone()
+            k[:, b, :, :dim, dst % PAGE] = k[:, a, :, :dim, src % PAGE].clone()
+            for scales in floats:
+                scales[:, b, :, dst % PAGE] = scales[:, a, :, src % PAGE].clone()
             v[:, b, :, dst % PAGE] = v[:, a, :, src % PAGE].clone()

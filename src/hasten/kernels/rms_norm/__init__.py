@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.rms_norm import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def rms_norm(
@@ -23,9 +22,8 @@ def rms_norm(
     contiguous (a slice of heads works), ``weight`` float32 [H]. ``add`` and ``out`` are like
     ``x``; ``out`` may be ``x``. Raises TypeError or ValueError for other types or shapes.
     """
-    if choose(impl, x) == "cpu":
-        return cpu.rms_norm(x, weight, eps, out, add)
-    return ref.rms_norm(x, weight, eps, out, add)
+    normed: Tensor = operation(__name__, "rms_norm", impl, x)(x, weight, eps, out, add)
+    return normed
 
 
 def add_rms_norm(
@@ -35,6 +33,6 @@ def add_rms_norm(
 
     ``x`` and ``residual`` are float32 [..., H] of one shape, ``weight`` float32 [H].
     """
-    if choose(impl, x) == "cpu":
-        return cpu.add_rms_norm(x, residual, weight, eps)
-    return ref.add_rms_norm(x, residual, weight, eps)
+    run = operation(__name__, "add_rms_norm", impl, x)
+    normed, total = run(x, residual, weight, eps)
+    return normed, total

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.rope import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def append(
@@ -20,14 +19,19 @@ def append(
     table: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    rotate_keys: bool = True,
     *,
     impl: str | None = None,
 ) -> None:
-    """Rotate ``q`` in place and write the rotated ``k`` and ``v`` to their pages.
+    """Rotate ``q`` in place and write the rotated ``k`` (or ``k`` itself) and ``v`` to their pages.
 
     The rotation is that of Llama in the Hugging Face layout: the first half of the rotated
     dimensions is paired with the second. With ``rot = 2 * cos.shape[1] < D`` the dimensions from
     ``rot`` on pass through.
+
+    In int8 pages every key and every value of a KV head is quantized alone: with amax its largest
+    magnitude, code = round(x * (127 / amax)), halves to even, and scale = amax / 127, all in
+    float32. Below 2^-100 codes and scale are 0; with an infinity or a NaN the scale is NaN.
 
     Args:
         q: float32 [R, Hq, D], changed in place; rows may be strided (as in all of q, k, v).
@@ -40,14 +44,13 @@ def append(
             ``slot % 16``. No two rows of one sequence may share a slot.
         table_row: int32 [R].
         table: int32 [T, G, B], page ids for each of G head groups.
-        k_pages: [N, Hkv / G, D, 16], float32 or bfloat16 (rounded to nearest even).
+        k_pages: [N, Hkv / G, D, 16], float32, bfloat16 (rounded to nearest even) or int8 with
+            further rows for the scales (see :func:`hasten.kernels.attention.paged_attention`).
         v_pages: [N, Hkv / G, 16, Dp], of the same type, Dp = Dv rounded up to a multiple of 16.
+        rotate_keys: False stores keys before the rotation.
 
     Raises TypeError or ValueError for other types, shapes, positions beyond cos, slots beyond the
     table and missing pages, before anything is written.
     """
-    args = (q, k, v, cos, sin, positions, slots, table_row, table, k_pages, v_pages)
-    if choose(impl, q) == "cpu":
-        cpu.append(*args)
-    else:
-        ref.append(*args)
+    args = q, k, v, cos, sin, positions, slots, table_row, table, k_pages, v_pages, rotate_keys
+    operation(__name__, "append", impl, q)(*args)

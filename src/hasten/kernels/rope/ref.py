@@ -16,6 +16,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s, rest], -1)
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes int8 [..., D], scales [...]) of ``x`` [..., D]: see ``append``."""
+    top = x.abs().amax(-1, keepdim=True)
+    codes = (x * (127 / top)).round()
+    codes = torch.where(top.isfinite() & (top >= 2.0**-100), codes, 0).to(torch.int8)
+    scale = torch.where(top >= 2.0**-100, top / 127, 0)
+    return codes, torch.where(top.isfinite(), scale, torch.nan)[..., 0]
+
+
+def scales_of(k_pages: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Views, float32 [N, H, 16], of the scales in int8 key pages: of the keys, and of the values
+    where values have pages of their own."""
+    rows = k_pages[:, :, dim:].unflatten(2, (-1, 4))
+    return tuple(rows[:, :, i].flatten(2).view(torch.float32) for i in range(rows.shape[2]))
+
+
 def append(
     q: Tensor,
     k: Tensor,
@@ -28,6 +44,7 @@ def append(
     table: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    rotate_keys: bool = True,
 ) -> None:
     heads, dim = k_pages.shape[1], v.shape[2]
     at = positions.long()
@@ -38,11 +55,22 @@ def append(
     page = table[table_row.long(), :, slots.long() // PAGE].long()  # [R, G]
     if ((page < 0) | (page >= len(k_pages))).any():
         raise ValueError("a slot lies in a block that holds no valid page")
-    rotated_k = rotate(k, cos[at], sin[at])
+    if rotate_keys:
+        k = rotate(k, cos[at], sin[at])
     q.copy_(rotate(q, cos[at], sin[at]))
+    scales: list[tuple[Tensor, Tensor]] = []  # (where they are stored, of the rows)
+    if k_pages.dtype == torch.int8:
+        k, k_scale = quantize(k)
+        new = [k_scale]
+        if dim:
+            v, v_scale = quantize(v)
+            new.append(v_scale)
+        scales = list(zip(scales_of(k_pages, k.shape[2]), new, strict=True))
     for row, slot in enumerate(slots.tolist()):
         for head in range(k.shape[1]):
             to = int(page[row, head // heads]), head % heads
-            k_pages[to][:, slot % PAGE] = rotated_k[row, head].to(k_pages.dtype)
+            k_pages[to][: k.shape[2], slot % PAGE] = k[row, head].to(k_pages.dtype)
+            for stored, scale in scales:
+                stored[to][slot % PAGE] = scale[row, head]
             v_pages[to][slot % PAGE, :dim] = v[row, head].to(v_pages.dtype)
             v_pages[to][slot % PAGE, dim:] = 0

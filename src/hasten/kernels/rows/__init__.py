@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hasten.kernels.dispatch import choose
-from hasten.kernels.rows import cpu, ref
+from hasten.kernels.dispatch import operation
 
 
 def add(x: Tensor, y: Tensor, out: Tensor | None = None, *, impl: str | None = None) -> Tensor:
@@ -18,14 +17,16 @@ def add(x: Tensor, y: Tensor, out: Tensor | None = None, *, impl: str | None = N
     Only the last dimension must be contiguous, also that of ``out``, which may be ``x`` or ``y``.
     Raises TypeError or ValueError for other types or shapes.
     """
-    return cpu.add(x, y, out) if choose(impl, x) == "cpu" else ref.add(x, y, out)
+    total: Tensor = operation(__name__, "add", impl, x)(x, y, out)
+    return total
 
 
 def scale(
     x: Tensor, factor: float, out: Tensor | None = None, *, impl: str | None = None
 ) -> Tensor:
     """``x * factor``, the factor rounded to float32; shapes and errors as for `add`."""
-    return cpu.scale(x, factor, out) if choose(impl, x) == "cpu" else ref.scale(x, factor, out)
+    product: Tensor = operation(__name__, "scale", impl, x)(x, factor, out)
+    return product
 
 
 def take_rows(x: Tensor, index: Tensor, *, impl: str | None = None) -> Tensor:
@@ -33,4 +34,5 @@ def take_rows(x: Tensor, index: Tensor, *, impl: str | None = None) -> Tensor:
 
     Raises IndexError, naming it, for a row outside of [0, R).
     """
-    return cpu.take_rows(x, index) if choose(impl, x) == "cpu" else ref.take_rows(x, index)
+    rows: Tensor = operation(__name__, "take_rows", impl, x)(x, index)
+    return rows
