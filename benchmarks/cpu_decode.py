@@ -6,9 +6,9 @@
 
 Groups of one shape and one kind of weights are measured one after another. In a group every engine,
 hasten too, has a process of its own (hasten.bench.peers), which is paused whenever it is not its
-turn. Round 0 measures every engine in every case; peers that are more than 1.5x behind the best
-there, or not among the best two, leave the case, and the report lists them with that figure. In the
-following rounds the remaining take turns, in rotating order. Every figure goes to cells.jsonl at
+turn. Round 0 measures every engine in every case, one process at a time; peers that are more than
+1.5x behind the best there, or not among the best two, leave the case, and the report lists them with
+that figure. In the following rounds the remaining take turns, in rotating order. Every figure goes to cells.jsonl at
 once; a run that was stopped goes on where it was.
 
 Cases: `decode-N` is the rate at batch 1 behind N prompt tokens; `batch-8` that of eight sequences
@@ -184,8 +184,6 @@ def measure_group(group: Group, setup: Setup, records: Records, rounds: int, thr
     try:
         for round_ in range(rounds + 1):
             todo = planned(group, records, cases, round_)
-            for name in [name for name in running if name not in {n for n, _ in todo}]:
-                running.pop(name).close()
             if not todo:
                 continue
             speed = _native.read_bandwidth(1 << 30, 5)
@@ -208,6 +206,8 @@ def measure_group(group: Group, setup: Setup, records: Records, rounds: int, thr
                             what="absent", group=group.name, engine=name, case=case, why=str(error)
                         )
                         print(f"  {error}", flush=True)
+                if not round_:  # all at once might not fit into memory
+                    running.pop(name).close()
     finally:
         for process in running.values():
             process.close()

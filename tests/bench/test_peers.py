@@ -63,7 +63,7 @@ def state(process: EngineProcess) -> str:
 
 def test_answers_are_not_disturbed_by_what_libraries_print(scripted: EngineProcess) -> None:
     loaded = scripted.ask(do="load")
-    assert loaded.pop("peak_bytes") > 1 << 20
+    assert 1 << 20 < loaded.pop("peak_bytes") < 100 << 20  # its own, not that of this process
     assert loaded == {"engine": "scripted", "version": "1.0", "extra": 7}
     for _ in range(3):
         told = scripted.ask(do="generate", prompts=[[3, 4], [5]], new=2)
