@@ -7,9 +7,9 @@
 Groups of one shape and one kind of weights are measured one after another. In a group every engine,
 hasten too, has a process of its own (hasten.bench.peers), which is paused whenever it is not its
 turn. Round 0 measures every engine in every case, one process at a time; peers that are more than
-1.5x behind the best there, or not among the best two, leave the case, and the report lists them with
-that figure. In the following rounds the remaining take turns, in rotating order. Every figure goes to cells.jsonl at
-once; a run that was stopped goes on where it was.
+1.5x behind the best there, or not among the best two, leave the case, and the report lists them
+with that figure. In the following rounds the remaining take turns, in rotating order. Every figure
+goes to cells.jsonl at once; a run that was stopped goes on where it was.
 
 Cases: `decode-N` is the rate at batch 1 behind N prompt tokens; `batch-8` that of eight sequences
 with prompts of 128 together; `prefill-512` is 512 over the time to the first token; `step-R` is the
