@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "blocks.h"
+
 namespace hasten {
 
 constexpr int PAGE = 16;   // positions in a page  (hasten.cache.layout.PAGE_SIZE)
@@ -41,6 +43,14 @@ struct QuantizedArgs {
     int64_t n, k;
     int64_t group;    // inputs that share a scale; k for int8
     bool asymmetric;  // int4 with a zero beside each scale
+    Gate gate = Gate::none;
+    int64_t x_stride = 0, out_stride = 0, add_stride = 0;
+};
+
+// Weights that are blocks of a GGUF file: streams as blocks.h describes them.
+struct BlocksArgs {
+    Block kind;
+    int64_t n, k;
     Gate gate = Gate::none;
     int64_t x_stride = 0, out_stride = 0, add_stride = 0;
 };
@@ -86,11 +96,22 @@ struct SoftcapArgs {
     float* out;
 };
 
-struct MaxLseArgs {
+struct RowTopArgs {
     const float* x;  // [rows, size]
     int64_t x_stride, rows, size;
     int64_t* argmax;
     float *max, *lse;
+    int64_t k;     // at most size
+    int64_t* ids;  // [rows, k]
+};
+
+// sum over a row of exp((x - shift) / temperature)
+struct SumExpArgs {
+    const float* x;  // [rows, size]
+    int64_t x_stride, rows, size;
+    const float* shift;  // [rows]
+    double temperature;
+    double* sum;  // [rows]
 };
 
 struct RouteArgs {
@@ -185,19 +206,35 @@ struct AttentionArgs {
     int64_t* missing;  // set to 1 + row * blocks + block of a row that needs a page it lacks
 };
 
+// Rows rounded to the nearest of their codes: int8 without a group, else 4 bits.
+struct RtnArgs {
+    const void* x;  // [rows, k], float or bf16
+    bool x_bf16;
+    int64_t x_stride, rows, k, group;
+    const float* clip;  // [clips]: shares of the full range that are tried
+    int64_t clips;
+    void* codes;    // [rows, k] int8, or bytes below 16
+    void* scale;    // [rows] float, or [rows, k / group] float16
+    uint8_t* zero;  // as scale, or null: 8
+    int* bad;       // set where a value or scale is not finite
+};
+
 struct Kernels {
     void (*linear)(const LinearArgs&, const LinearPart* parts, int64_t count);
+    void (*linear_blocks)(const BlocksArgs&, const LinearPart* parts, int64_t count);
     void (*linear_int8)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
     void (*linear_int4)(const QuantizedArgs&, const LinearPart* parts, int64_t count);
     void (*rms_norm)(const NormArgs&);
     void (*add)(const AddArgs&);
     void (*gated)(const GatedArgs&);
     void (*softcap)(const SoftcapArgs&);
-    void (*row_max_lse)(const MaxLseArgs&);
+    void (*row_top)(const RowTopArgs&);
+    void (*sum_exp)(const SumExpArgs&);
     void (*route)(const RouteArgs&);
     void (*group_rows)(const GroupArgs&);
     void (*gather)(const GatherArgs&);
     void (*combine)(const CombineArgs&);
+    void (*rtn)(const RtnArgs&);
     void (*append)(const AppendArgs&);
     void (*attention)(const AttentionArgs&);
     void (*vector_math)(const float* x, int64_t size, bool tanh, float* out);  // for tests

@@ -61,10 +61,7 @@ class Pool {
         }
         number_++;
         state_.store(number_ * STATE_THREADS + uint64_t(job.threads));
-        if (asleep_.load() > 0) {
-            std::lock_guard<std::mutex> lock(sleep_);
-            wake_.notify_all();
-        }
+        if (asleep_.exchange(0) > 0) wake_all();
         take_items(0);
         state_.store(number_ * STATE_THREADS);
         // a helper that lost its core to another process needs one to finish
@@ -123,37 +120,48 @@ class Pool {
         }
     }
 
-    // The state of a job that is open to this worker and not `seen`. Spins first, since the next kernel usually
-    // follows at once, then lets others run in between, since the next step follows soon, and
-    // then sleeps.
+    // once for each sleep: a call costs some 10 us, and who is awake soon need not be called again
+    void wake_all() {
+        {
+            std::lock_guard<std::mutex> lock(sleep_);
+            calls_++;
+        }
+        wake_.notify_all();
+    }
+
+    // The state of a job that is open to this worker and not `seen`. Spins first, since the next
+    // kernel usually follows at once, then lets others run in between, since the next step follows
+    // soon, and then sleeps until it is called.
     uint64_t wait_for_job(int id, uint64_t seen) {
         using Clock = std::chrono::steady_clock;
-        const auto start = Clock::now();
-        const auto spin_until = start + std::chrono::microseconds(100);
-        const auto sleep_at = start + std::chrono::milliseconds(1);
         const auto is_new = [=](uint64_t state) {
             return state != seen && uint64_t(id) < state % STATE_THREADS;
         };
-        for (auto now = start; now < sleep_at; now = Clock::now()) {
-            for (int i = 0; i < 64; i++) {
-                const uint64_t state = state_.load(std::memory_order_acquire);
-                if (is_new(state)) return state;
-                relax();
+        for (;;) {
+            const auto start = Clock::now();
+            const auto spin_until = start + std::chrono::microseconds(100);
+            const auto sleep_at = start + std::chrono::milliseconds(1);
+            for (auto now = start; now < sleep_at; now = Clock::now()) {
+                for (int i = 0; i < 64; i++) {
+                    const uint64_t state = state_.load(std::memory_order_acquire);
+                    if (is_new(state)) return state;
+                    relax();
+                }
+                if (now > spin_until) std::this_thread::yield();
             }
-            if (now > spin_until) std::this_thread::yield();
+            std::unique_lock<std::mutex> lock(sleep_);
+            asleep_.fetch_add(1);
+            const uint64_t state = state_.load();
+            if (is_new(state)) return state;
+            wake_.wait(lock, [&, calls = calls_] { return calls_ != calls; });
         }
-        uint64_t state;
-        std::unique_lock<std::mutex> lock(sleep_);
-        asleep_.fetch_add(1);
-        wake_.wait(lock, [&] { return is_new(state = state_.load()); });
-        asleep_.fetch_sub(1);
-        return state;
     }
 
     Share shares_[MOST_THREADS];
     alignas(64) std::atomic<uint64_t> state_{0};
     Job job_{};
-    alignas(64) std::atomic<int> asleep_{0};
+    alignas(64) std::atomic<int> asleep_{0};  // since the last call
+    uint64_t calls_ = 0;                      // guarded by sleep_
     std::mutex busy_, sleep_;
     std::condition_variable wake_;
     std::vector<std::thread::native_handle_type> workers_;

@@ -54,6 +54,9 @@ HASTEN_INLINE F16 load(const bf16* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+HASTEN_INLINE F16 load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 HASTEN_INLINE F16 load_first(const float* p, int n) {
     return {_mm512_maskz_loadu_ps(__mmask16(first_lanes(n)), p)};
 }
@@ -133,6 +136,10 @@ HASTEN_INLINE __m256 widen8(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 HASTEN_INLINE F16 load(const bf16* p) { return {widen8(p), widen8(p + 8)}; }
+HASTEN_INLINE F16 load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
 HASTEN_INLINE __m256i lane_mask(uint32_t bits, int from) {
     const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
                                           _mm256_set1_epi32(from));
@@ -260,6 +267,7 @@ HASTEN_INLINE F16 zero() { HASTEN_LANEWISE(0.0f); }
 HASTEN_INLINE F16 splat(float x) { HASTEN_LANEWISE(x); }
 HASTEN_INLINE F16 load(const float* p) { HASTEN_LANEWISE(p[i]); }
 HASTEN_INLINE F16 load(const bf16* p) { HASTEN_LANEWISE(widen(p[i])); }
+HASTEN_INLINE F16 load(const int8_t* p) { HASTEN_LANEWISE(widen(p[i])); }
 HASTEN_INLINE F16 load_first(const float* p, int n) { HASTEN_LANEWISE(i < n ? p[i] : 0.0f); }
 HASTEN_INLINE void store(float* p, F16 a) { memcpy(p, a.v, sizeof a.v); }
 HASTEN_INLINE void store_first(float* p, F16 a, int n) {

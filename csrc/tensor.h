@@ -50,11 +50,12 @@ inline const ExchangeApi* exchange_api(PyTypeObject* type) {
     return api;
 }
 
-enum class Type { f32, bf16, f16, i8, u8, i32, i64, u64, other };
+enum class Type { f32, f64, bf16, f16, i8, u8, i32, i64, u64, other };
 
 inline const char* type_name(Type type) {
     switch (type) {
         case Type::f32: return "float32";
+        case Type::f64: return "float64";
         case Type::bf16: return "bfloat16";
         case Type::f16: return "float16";
         case Type::i8: return "int8";
@@ -163,6 +164,7 @@ class Tensor {
         const auto code = nb::dlpack::dtype_code(type.code);
         if (type.lanes != 1) return;
         if (code == nb::dlpack::dtype_code::Float && type.bits == 32) type_ = Type::f32;
+        if (code == nb::dlpack::dtype_code::Float && type.bits == 64) type_ = Type::f64;
         if (code == nb::dlpack::dtype_code::Float && type.bits == 16) type_ = Type::f16;
         if (code == nb::dlpack::dtype_code::Bfloat && type.bits == 16) type_ = Type::bf16;
         if (code == nb::dlpack::dtype_code::Int && type.bits == 8) type_ = Type::i8;

@@ -50,8 +50,10 @@ void launch(const char* name, int64_t bytes, const Call& call) {
 }
 
 void bind_linear(nb::module_& m);
+void bind_linear_blocks(nb::module_& m);
 void bind_linear_quantized(nb::module_& m);
 void bind_rows(nb::module_& m);
+void bind_rtn(nb::module_& m);
 void bind_pages(nb::module_& m);
 
 }  // namespace hasten

@@ -35,8 +35,10 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);  // models may live until the process ends
 
     h::bind_linear(m);
+    h::bind_linear_blocks(m);
     h::bind_linear_quantized(m);
     h::bind_rows(m);
+    h::bind_rtn(m);
     h::bind_pages(m);
     m.def("vector_math", &h::vector_math, "x"_a, "tanh"_a, "out"_a);
 

@@ -108,11 +108,13 @@ void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::ha
     });
 }
 
-// Checks what the rows say and attends.
-void attend(AttentionArgs a, int64_t angles) {
+// Checks what the rows say and attends. Gives the bytes of keys and values that it read: rows of one
+// sequence share theirs.
+int64_t attend(AttentionArgs a, int64_t angles) {
     const Pages& g = a.pages;
     check_table_rows(a.table_row, a.rows, g.tables);
     const int64_t slots = g.blocks * PAGE;
+    int64_t read = 0, longest = 0;  // positions: of the sequences so far, of the present one
     for (int64_t i = 0; i < a.rows; i++) {
         if (a.base[i] < 0 || a.base[i] > slots)
             fail(where("base", i, a.base[i]) + ", but a table has " + text(slots) + " slots");
@@ -133,6 +135,8 @@ void attend(AttentionArgs a, int64_t angles) {
             fail("row " + text(i) + " sees position " + text(end - 1) + ", but cos has angles of " +
                  text(angles) + " positions");
         a.end = std::max(a.end, end);
+        if (i && a.table_row[i] != a.table_row[i - 1]) read += std::exchange(longest, 0);
+        longest = std::max(longest, a.window ? std::min(end, a.window + a.sinks) : end);
         a.work += (a.base[i] + count) * a.q_heads * (g.dim + g.v_dim);
     }
     int64_t missing = 0;
@@ -143,6 +147,7 @@ void attend(AttentionArgs a, int64_t angles) {
         fail("row " + text(row) + " (or one after it in its sequence) reads block " + text(block) +
              " of table " + text(a.table_row[row]) + ", which holds no valid page");
     }
+    return (read + longest) * g.groups * g.heads * (g.k_page() + g.v_page()) / PAGE;
 }
 
 void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::handle table_,
@@ -182,7 +187,7 @@ void attention(nb::handle q_, nb::handle k_pages_, nb::handle v_pages_, nb::hand
         a.cos = cos.floats(), a.sin = sin.floats(), a.half = cos.shape(1);
         angles = cos.shape(0) * PAGE;
     }
-    launch("attention", 0, [a, angles] { attend(a, angles); });
+    launch("attention", 0, [a, angles] { return attend(a, angles); });
 }
 
 void check_pages(const char* name, const int64_t* ids, int64_t count, int64_t pages) {

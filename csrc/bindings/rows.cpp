@@ -110,17 +110,35 @@ void softcap(nb::handle x_, float cap, nb::handle out_) {
     launch("softcap", 0, [a] { kernels().softcap(a); });
 }
 
-void row_max_lse(nb::handle x_, nb::handle argmax_, nb::handle max_, nb::handle lse_) {
+void row_top(nb::handle x_, nb::handle argmax_, nb::handle max_, nb::handle lse_,
+             nb::handle ids_) {
     Tensor x("logits", x_), argmax("argmax", argmax_), max("max", max_), lse("lse", lse_);
+    Tensor ids("ids", ids_);
     x.is(Type::f32).has_dims(2).contiguous(1);
-    if (x.shape(1) < 1) x.fail("has no columns");
-    const int64_t rows = x.shape(0);
+    const int64_t rows = x.shape(0), size = x.shape(1);
+    if (size < 1) x.fail("has no columns");
+    if (size > INT32_MAX) x.fail("has more columns than a 32-bit id counts");
     argmax.is(Type::i64).has_shape({rows}).contiguous();
     max.is(Type::f32).has_shape({rows}).contiguous();
     lse.is(Type::f32).has_shape({rows}).contiguous();
-    MaxLseArgs a{x.floats(), x.stride(0), rows, x.shape(1), argmax.as<int64_t>(), max.floats(),
-                 lse.floats()};
-    launch("row_max_lse", 0, [a] { kernels().row_max_lse(a); });
+    ids.is(Type::i64).has_shape({rows, -1}).contiguous();
+    const int64_t k = ids.shape(1);
+    if (k > size) fail("the first " + text(k) + " of " + text(size) + " columns were asked for");
+    const RowTopArgs a{x.floats(),   x.stride(0),  rows, size, argmax.as<int64_t>(),
+                       max.floats(), lse.floats(), k,    ids.as<int64_t>()};
+    launch("row_top", 0, [a] { kernels().row_top(a); });
+}
+
+void sum_exp(nb::handle x_, nb::handle shift_, double temperature, nb::handle out_) {
+    Tensor x("logits", x_), shift("shift", shift_), out("out", out_);
+    x.is(Type::f32).has_dims(2).contiguous(1);
+    const int64_t rows = x.shape(0);
+    shift.is(Type::f32).has_shape({rows}).contiguous();
+    out.is(Type::f64).has_shape({rows}).contiguous();
+    if (!(temperature > 0)) fail("the temperature must be positive");
+    const SumExpArgs a{x.floats(),     x.stride(0), rows,           x.shape(1),
+                       shift.floats(), temperature, out.as<double>()};
+    launch("sum_exp", 0, [a] { kernels().sum_exp(a); });
 }
 
 void route(nb::handle x_, int64_t top, bool normalize, nb::handle ids_, nb::handle weights_,
@@ -196,7 +214,8 @@ void bind_rows(nb::module_& m) {
     m.def("take_rows", &take_rows, "x"_a, "index"_a, "out"_a);
     m.def("gated", &gated, "x"_a, "kind"_a, "out"_a);
     m.def("softcap", &softcap, "x"_a, "cap"_a, "out"_a);
-    m.def("row_max_lse", &row_max_lse, "logits"_a, "argmax"_a, "max"_a, "lse"_a);
+    m.def("row_top", &row_top, "logits"_a, "argmax"_a, "max"_a, "lse"_a, "ids"_a);
+    m.def("sum_exp", &sum_exp, "logits"_a, "shift"_a, "temperature"_a, "out"_a);
     m.def("group_rows", &group_rows, "ids"_a, "experts"_a, "offsets"_a, "order"_a, "slots"_a);
     m.def("gather", &gather, "x"_a, "index"_a, "out"_a);
     m.def("combine", &combine, "y"_a, "slots"_a, "shares"_a, "add"_a.none(), "out"_a);

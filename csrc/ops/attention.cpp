@@ -36,37 +36,66 @@ constexpr int QUERIES = 2, WIDTH = 2;
 constexpr int CHUNK_PAGES = CHUNK / PAGE;
 constexpr int64_t TILE_QUERIES = 128;
 
-// Pages of keys with the lane at which their scores go, and what is read after them: a page of the
-// next keys and one of values, of which each dimension of a key fetches some bytes.
+// Pages of keys with the lane at which their scores go.
 struct KeyPages {
     const float* k[CHUNK_PAGES];
     int lane[CHUNK_PAGES];
-    const char *next_k[CHUNK_PAGES], *next_v[CHUNK_PAGES];
 };
-struct FetchSteps {
-    int64_t k, v;
+
+// The bytes of the next chunk, which the loops over this one fetch line by line: as many as memory
+// delivers meanwhile. A loop takes two runs of lines and fetches one of each in every iteration.
+class Fetch {
+  public:
+    struct Run {
+        const char* from;
+        int64_t step;  // 0 when there is nothing left: the same line over and over
+    };
+
+    void clear(const void* any) { count_ = next_ = 0, idle_ = (const char*)any; }
+    void add(const char* from, int64_t bytes) { region_[count_++] = {from, bytes}; }
+    bool empty() const { return next_ == count_; }
+
+    Run take(int64_t lines) {
+        if (empty()) return {idle_, 0};
+        Region& it = region_[next_];
+        const char* from = it.from;
+        it.from += lines * LINE, it.bytes -= lines * LINE;
+        next_ += it.bytes <= 0;
+        return {from, LINE};
+    }
+
+  private:
+    static constexpr int64_t LINE = 64;
+    struct Region {
+        const char* from;
+        int64_t bytes;
+    };
+    Region region_[2 * CHUNK_PAGES];
+    int count_ = 0, next_ = 0;
+    const char* idle_ = nullptr;
 };
+typedef Fetch::Run Run;
 
 // scores[i][lane + j] = sum over d ascending of q[i][d] * k[d][j], for P pages from `first`
 template <int Q, int P, bool FETCH>
 void dot_pages(const float* const* q, const KeyPages& pages, int first, int64_t dim,
-               const FetchSteps& fetch, float* const* scores) {
+               Fetch& fetch, float* const* scores) {
     const float* const* k = pages.k + first;
     F16 acc[Q][P];
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) acc[i][p] = zero();
+    Run one{}, two{};
+    if (FETCH) one = fetch.take(dim), two = fetch.take(dim);
     for (int64_t d = 0; d < dim; d++) {
+        if (FETCH) {
+            __builtin_prefetch(one.from + d * one.step, 0, 2);
+            __builtin_prefetch(two.from + d * two.step, 0, 2);
+        }
         F16 key[P];
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) {
-            key[p] = load(k[p] + d * PAGE);
-            if (FETCH) {
-                __builtin_prefetch(pages.next_v[first + p] + d * fetch.v, 0, 2);
-                __builtin_prefetch(pages.next_k[first + p] + d * fetch.k, 0, 2);
-            }
-        }
+        for (int p = 0; p < P; p++) key[p] = load(k[p] + d * PAGE);
 #pragma GCC unroll 4
         for (int i = 0; i < Q; i++) {
             const F16 value = splat(q[i][d]);
@@ -82,7 +111,7 @@ void dot_pages(const float* const* q, const KeyPages& pages, int first, int64_t 
 
 template <int Q, bool FETCH>
 void dot_pages_of(const float* const* q, const KeyPages& pages, int count, int64_t dim,
-                  const FetchSteps& fetch, float* const* scores) {
+                  Fetch& fetch, float* const* scores) {
     for (int first = 0; first < count;) {
         const int n = count - first < WIDTH ? count - first : WIDTH;
         switch (n) {
@@ -99,7 +128,7 @@ void dot_pages_of(const float* const* q, const KeyPages& pages, int count, int64
 
 template <bool FETCH>
 void dot_some(const float* const* q, int queries, const KeyPages& pages, int count, int64_t dim,
-              const FetchSteps& fetch, float* const* scores) {
+              Fetch& fetch, float* const* scores) {
     switch (queries) {
         case 1: dot_pages_of<1, FETCH>(q, pages, count, dim, fetch, scores); break;
         case 2: dot_pages_of<2, FETCH>(q, pages, count, dim, fetch, scores); break;
@@ -110,15 +139,14 @@ void dot_some(const float* const* q, int queries, const KeyPages& pages, int cou
     }
 }
 
-// scores of all queries; with `fetch` the first of them fetch what is read next
 void dot_queries(const float* const* q, int queries, const KeyPages& pages, int count, int64_t dim,
-                 const FetchSteps* fetch, float* const* scores) {
+                 Fetch& fetch, float* const* scores) {
     for (int i = 0; i < queries; i += QUERIES) {
         const int n = queries - i < QUERIES ? queries - i : QUERIES;
-        if (i == 0 && fetch)
-            dot_some<true>(q, n, pages, count, dim, *fetch, scores);
+        if (fetch.empty())
+            dot_some<false>(q + i, n, pages, count, dim, fetch, scores + i);
         else
-            dot_some<false>(q + i, n, pages, count, dim, {}, scores + i);
+            dot_some<true>(q + i, n, pages, count, dim, fetch, scores + i);
     }
 }
 
@@ -135,7 +163,8 @@ struct Query {
 // o[i] = fma(o_c, add[i], o[i] * keep[i]), or o_c alone without FOLD, for `W` vectors of the value
 // row from `offset`; o_c = sum over visible lanes ascending of p[i][lane] * v[lane]
 template <int Q, int W, bool FOLD>
-void add_values(Query* const* q, const float* const* v, uint64_t visible, int64_t offset) {
+void add_values(Query* const* q, const float* const* v, uint64_t visible, int64_t offset,
+                Fetch& fetch) {
     F16 acc[Q][W];
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
@@ -144,7 +173,11 @@ void add_values(Query* const* q, const float* const* v, uint64_t visible, int64_
     const float* p[Q];
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++) p[i] = q[i]->scores;
+    Run one = fetch.take(CHUNK), two = fetch.take(CHUNK);
     for (uint64_t rest = visible; rest; rest &= rest - 1) {
+        __builtin_prefetch(one.from, 0, 2);
+        __builtin_prefetch(two.from, 0, 2);
+        one.from += one.step, two.from += two.step;
         const int lane = __builtin_ctzll(rest);
         const float* row = v[lane] + offset;
         F16 value[W];
@@ -169,16 +202,17 @@ void add_values(Query* const* q, const float* const* v, uint64_t visible, int64_
 }
 
 template <int Q, bool FOLD>
-void add_values_of(Query* const* q, const float* const* v, uint64_t visible, int64_t width) {
+void add_values_of(Query* const* q, const float* const* v, uint64_t visible, int64_t width,
+                   Fetch& fetch) {
     for (int64_t offset = 0; offset < width;) {
         const int64_t left = (width - offset) / LANES;
         const int n = left < WIDTH ? int(left) : WIDTH;
         switch (n) {
-            case 1: add_values<Q, 1, FOLD>(q, v, visible, offset); break;
-            case 2: add_values<Q, 2, FOLD>(q, v, visible, offset); break;
+            case 1: add_values<Q, 1, FOLD>(q, v, visible, offset, fetch); break;
+            case 2: add_values<Q, 2, FOLD>(q, v, visible, offset, fetch); break;
 #if defined(__AVX512F__)
-            case 3: add_values<Q, 3, FOLD>(q, v, visible, offset); break;
-            case 4: add_values<Q, 4, FOLD>(q, v, visible, offset); break;
+            case 3: add_values<Q, 3, FOLD>(q, v, visible, offset, fetch); break;
+            case 4: add_values<Q, 4, FOLD>(q, v, visible, offset, fetch); break;
 #endif
         }
         offset += n * LANES;
@@ -187,13 +221,13 @@ void add_values_of(Query* const* q, const float* const* v, uint64_t visible, int
 
 template <bool FOLD>
 void add_values_queries(Query* const* q, int queries, const float* const* v, uint64_t visible,
-                        int64_t width) {
+                        int64_t width, Fetch& fetch) {
     switch (queries) {
-        case 1: add_values_of<1, FOLD>(q, v, visible, width); break;
-        case 2: add_values_of<2, FOLD>(q, v, visible, width); break;
+        case 1: add_values_of<1, FOLD>(q, v, visible, width, fetch); break;
+        case 2: add_values_of<2, FOLD>(q, v, visible, width, fetch); break;
 #if defined(__AVX512F__)
-        case 3: add_values_of<3, FOLD>(q, v, visible, width); break;
-        case 4: add_values_of<4, FOLD>(q, v, visible, width); break;
+        case 3: add_values_of<3, FOLD>(q, v, visible, width, fetch); break;
+        case 4: add_values_of<4, FOLD>(q, v, visible, width, fetch); break;
 #endif
     }
 }
@@ -299,7 +333,8 @@ void widen_page(const void* from, Stored type, int64_t count, float* to) {
             for (int64_t i = 0; i < count; i += LANES) store(to + i, load((const bf16*)from + i));
             break;
         case Stored::i8:
-            for (int64_t i = 0; i < count; i++) to[i] = widen(((const int8_t*)from)[i]);
+            for (int64_t i = 0; i < count; i += LANES)
+                store(to + i, load((const int8_t*)from + i));
             break;
     }
 }
@@ -381,6 +416,7 @@ class Tile {
             for (int64_t d = 0; d < width; d += LANES) store(it.o + d, zero());
         }
         for (int64_t i = 0; i < group; i++) node_scores_of[i] = node_scores + i * CHUNK;
+        fetch.clear(query);
     }
 
     // Chunks [from, to) of all; false if a page is missing.
@@ -499,6 +535,7 @@ class Tile {
     bool score_committed(int64_t start, uint64_t committed, int active) {
         KeyPages pages;
         int count = 0;
+        fetch_chunk(start / PAGE + CHUNK_PAGES);
         for (int j = 0; j < CHUNK_PAGES; j++) {
             if (!(committed >> (j * PAGE) & 0xffff)) continue;
             const int64_t block = start / PAGE + j, page = page_of(block, 0);
@@ -510,16 +547,23 @@ class Tile {
                 memcpy(key_scale + lane, scales_of(page), PAGE * 4);
                 memcpy(value_scale + lane, scales_of(page) + (g.padded ? PAGE : 0), PAGE * 4);
             }
-            int64_t next = block + CHUNK_PAGES < g.blocks ? table[block + CHUNK_PAGES] : -1;
-            if (next < 0 || next >= g.pages) next = page;
-            pages.next_k[count] = keys_of(next);
-            pages.next_v[count] = g.padded ? values_of(next) : keys_of(next);
             pages.k[count] = k;
             pages.lane[count++] = int(lane);
         }
-        const FetchSteps fetch{g.k_page() / g.dim, g.v_page() / g.dim};
-        dot_queries(q_of, active, pages, count, g.dim, &fetch, scores_of);
+        dot_queries(q_of, active, pages, count, g.dim, fetch, scores_of);
         return true;
+    }
+
+    // What is fetched from now on: the pages of the blocks from `block`.
+    void fetch_chunk(int64_t block) {
+        fetch.clear(query);
+        const int64_t to = block + CHUNK_PAGES < g.blocks ? block + CHUNK_PAGES : g.blocks;
+        for (; block < to && block * PAGE < end; block++) {
+            const int64_t page = table[block];
+            if (page < 0 || page >= g.pages) continue;
+            fetch.add(keys_of(page), g.k_page());
+            if (g.padded) fetch.add(values_of(page), g.v_page());
+        }
     }
 
     // A page of keys as floats, rotated: itself, or a copy.
@@ -602,7 +646,7 @@ class Tile {
                 pages.lane[count++] = j * PAGE;
             }
         for (int64_t i = 0; i < group; i++) q_of[i] = query[r * group + i].q;
-        dot_queries(q_of, int(group), pages, count, g.dim, nullptr, node_scores_of);
+        dot_queries(q_of, int(group), pages, count, g.dim, fetch, node_scores_of);
         for (int64_t i = 0; i < group; i++)
             for (int j = 0; j < count; j++) {
                 float* scores = query[r * group + i].scores + pages.lane[j];
@@ -657,9 +701,9 @@ class Tile {
             for (int i = 0; i < n; i += QUERIES) {
                 const int some = n - i < QUERIES ? n - i : QUERIES;
                 if (partials.data)
-                    add_values_queries<false>(these + i, some, v, visible, width);
+                    add_values_queries<false>(these + i, some, v, visible, width, fetch);
                 else
-                    add_values_queries<true>(these + i, some, v, visible, width);
+                    add_values_queries<true>(these + i, some, v, visible, width, fetch);
             }
         }
     }
@@ -671,6 +715,7 @@ class Tile {
     const int32_t* table;
     const char *k_head, *v_head;
     int64_t end;  // of the positions that some row sees
+    Fetch fetch;
 
     Row* row;
     Query* query;

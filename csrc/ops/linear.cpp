@@ -8,15 +8,14 @@ namespace hasten {
 namespace HASTEN_LEVEL {
 namespace {
 
-// Register tiles: `rows` rows by at most panels_of(rows) panels, so that the accumulators, one
-// vector of weights for each panel and one input fit the registers. Up to ONE_PASS rows read a
-// group of panels once, from front to back: the processor's own prefetcher sees one stream and
-// needs no help. More rows are cut into tiles of at most MOST_ROWS.
+// Register tiles: up to MOST_ROWS rows by at most panels_of(rows) panels, so that the accumulators,
+// a vector of weights for each panel and one input fit the registers. Few rows are one tile, which
+// reads a group of panels once, from front to back.
 #if defined(__AVX512F__)
-constexpr int ONE_PASS = 6, MOST_ROWS = 12;
-constexpr int panels_of(int rows) { return rows <= ONE_PASS ? 4 : 2; }
+constexpr int MOST_ROWS = 6;
+constexpr int panels_of(int) { return 4; }
 #else
-constexpr int ONE_PASS = 1, MOST_ROWS = 6;
+constexpr int MOST_ROWS = 6;
 constexpr int panels_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
@@ -93,7 +92,7 @@ HASTEN_INLINE void accumulate(F16 (&acc)[R][P], const W* w, const float* x, int6
     F16 weight[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) weight[p] = load_weight<D>(w + p * PANEL * DEPTH<W>);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
         const F16 value = splat(x[r * x_stride + D]);
 #pragma GCC unroll 4
@@ -104,7 +103,7 @@ HASTEN_INLINE void accumulate(F16 (&acc)[R][P], const W* w, const float* x, int6
 template <class W, int R, int P>
 void tile(const Tile& t) {
     F16 acc[R][P];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++)
@@ -130,7 +129,7 @@ void tile(const Tile& t) {
         if constexpr (DEPTH<W> == 2) accumulate<1>(acc, w, x, x_stride);
     }
     if (t.k % DEPTH<W>) accumulate<0>(acc, w, x, x_stride);  // the last one of an odd number
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) store(t.acc + r * COLUMNS + p * PANEL, acc[r][p]);
@@ -209,9 +208,7 @@ void compute(const LinearArgs& a, const Item& item, int64_t panels) {
     const int64_t depth = DEPTH<W>, step = in_group * PANEL * depth;  // elements a step of k
     const int64_t whole_k = (a.k + depth - 1) / depth * depth;
     const W* w = (const W*)part.w + group * PANEL * whole_k + (item.panel - group) * PANEL * depth;
-    // cache lines that a step has, and that each pass fetches a step
-    const int64_t lines = in_group * PANEL * depth * int64_t(sizeof(W)) / 64;
-    const int64_t lines_a_pass = (lines + passes - 1) / passes;
+    const int64_t lines = in_group * PANEL * depth * int64_t(sizeof(W)) / 64;  // of a step
 
     int64_t k = 0;
     do {
@@ -238,10 +235,11 @@ void compute(const LinearArgs& a, const Item& item, int64_t panels) {
             for (int64_t p = 0; p < item.panels; p += most_panels, pass++) {
                 const int count = int(item.panels - p < most_panels ? item.panels - p : most_panels);
                 t.acc = acc + row * COLUMNS + p * PANEL;
-                // the next block, of which each pass fetches a part, until there is no more
-                t.lines = pass * lines_a_pass < lines ? lines_a_pass : 0;
-                t.next = (const char*)following + pass * lines_a_pass * (K_BLOCK / depth) * 64;
-                if (passes == 1) t.next = (const char*)w + AHEAD;
+                // what is read next, of which each pass fetches a part
+                const int64_t begin = lines * pass / passes;
+                t.lines = lines * (pass + 1) / passes - begin;
+                t.next = passes == 1 ? (const char*)w + AHEAD
+                                     : (const char*)following + begin * (K_BLOCK / depth) * 64;
                 if (widened) {
                     t.w = wide + p * PANEL;
                     TILES<float>.at[rows][count](t);

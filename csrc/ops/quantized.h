@@ -30,9 +30,12 @@ constexpr int STRIP = 4;
 constexpr int64_t STRIP_OUTPUTS = STRIP * LANES;
 // Rows whose sums are held while a strip goes by.
 constexpr int64_t PASS = 128;
-// A strip is read in pieces that stay in the second-level cache while every tile of rows goes over
+// A strip is read in pieces that stay in the first-level cache while every tile of rows goes over
 // them and the next piece arrives from memory.
-constexpr int64_t PIECE_BYTES = 128 << 10;
+constexpr int64_t PIECE_BYTES = 32 << 10;
+// How far ahead of a tile weights are fetched when nobody has fetched them yet: so far that memory
+// has answered, and past what the processor fetches by itself.
+constexpr int64_t AHEAD_BYTES = 8 << 10;
 // So many rows are quantized by every thread for itself, which takes less than waiting for others.
 constexpr int64_t FEW_ROWS = 8;
 
@@ -110,9 +113,13 @@ void strip_sums(const QuantizedArgs& a, const Activations& x, int64_t row, int64
             const int count = int(rows * (i + 1) / tiles - begin);
             const int step = Dot::panels_of(count);
             t.row = row + begin;
-            // a single tile reads one stream, which the processor itself fetches ahead
-            t.lines = tiles > 1 && i * share < unit_lines ? int(share) : 0;
-            t.ahead = next + i * share * t.units * 64;
+            if (tiles == 1 || (piece == 0 && i == 0)) {
+                t.lines = int(unit_lines);
+                t.ahead = t.w + AHEAD_BYTES;
+            } else {
+                t.lines = i * share < unit_lines ? int(share) : 0;
+                t.ahead = next + i * share * t.units * 64;
+            }
             for (int64_t p = 0; p < width; p += step) {
                 t.panel = p;
                 t.held = held + (begin * STRIP_OUTPUTS + p * LANES) * 4;
@@ -209,6 +216,12 @@ void linear_quantized(const QuantizedArgs& a, const LinearPart* parts, int64_t c
             for (int64_t row = 0; row < part.rows; row += PASS) {
                 const int64_t some = part.rows - row < PASS ? part.rows - row : PASS;
                 const int64_t at = first[item / strips] + row;
+                // outputs are written line by line, far apart: they come while sums are made
+                const int64_t column = (a.gate == Gate::none ? panel : panel / 2) * LANES;
+                const int64_t columns = (a.gate == Gate::none ? width : width / 2) * LANES;
+                for (int64_t r = row; r < row + some; r++)
+                    for (int64_t i = 0; i < columns; i += LANES)
+                        __builtin_prefetch(part.out + r * a.out_stride + column + i, 1, 3);
                 strip_sums<F>(a, x, at, some, strip, width, held);
                 finish<F>(a, part, row, some, x.scales + at * x.blocks, x.blocks, panel, width,
                           strip + units * F::unit_bytes(a) * width, held);

@@ -28,14 +28,15 @@ void vector_math(const float* x, int64_t size, bool use_tanh, float* out) {
 }
 
 extern const Kernels table;
-const Kernels table = {linear,   linear_int8, linear_int4, rms_norm, add,
-                       gated,    softcap,     row_max_lse, route,    group_rows,
-                       gather,   combine,     append,      attention, vector_math,
+const Kernels table = {linear,  linear_blocks, linear_int8, linear_int4, rms_norm,    add,
+                       gated,   softcap,       row_top,     sum_exp,     route,       group_rows,
+                       gather,  combine,       rtn,         append,      attention,   vector_math,
                        read};
 
 #if defined(__AVX512F__)
 static Kernels with_vnni() {
     Kernels k = table;
+    k.linear_blocks = linear_blocks_vnni;
     k.linear_int8 = linear_int8_vnni;
     k.linear_int4 = linear_int4_vnni;
     return k;

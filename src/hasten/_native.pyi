@@ -26,6 +26,35 @@ def linear_experts(
 def pack(rows: Tensor, first: int, n: int, gated: bool, out: Tensor) -> None: ...
 def unpack(w: Tensor, n: int, k: int, gated: bool, out: Tensor) -> None: ...
 def embed(ids: Tensor, w: Tensor, n: int, k: int, out: Tensor) -> None: ...
+def linear_blocks(
+    x: Tensor,
+    w: Tensor,
+    kind: str,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def linear_blocks_gated(
+    x: Tensor, w: Tensor, kind: str, n: int, k: int, bias: Tensor | None, gate: str, out: Tensor
+) -> None: ...
+def linear_blocks_experts(
+    x: Tensor,
+    weights: TensorList,
+    kind: str,
+    n: int,
+    k: int,
+    gate: str | None,
+    offsets: Tensor,
+    out: Tensor,
+) -> None: ...
+def put_blocks(
+    rows: Tensor, kind: str, n: int, k: int, gated: bool, first: int, w: Tensor
+) -> None: ...
+def embed_blocks(
+    ids: Tensor, w: Tensor, kind: str, n: int, k: int, gated: bool, out: Tensor
+) -> None: ...
 def linear_quantized(
     x: Tensor,
     w: Tensor,
@@ -99,7 +128,8 @@ def add(x: Tensor, factor: float, y: Tensor | None, out: Tensor) -> None:
 def take_rows(x: Tensor, index: Tensor, out: Tensor) -> None: ...
 def gated(x: Tensor, kind: str, out: Tensor) -> None: ...
 def softcap(x: Tensor, cap: float, out: Tensor) -> None: ...
-def row_max_lse(logits: Tensor, argmax: Tensor, max: Tensor, lse: Tensor) -> None: ...
+def row_top(logits: Tensor, argmax: Tensor, max: Tensor, lse: Tensor, ids: Tensor) -> None: ...
+def sum_exp(logits: Tensor, shift: Tensor, temperature: float, out: Tensor) -> None: ...
 def route(
     router_logits: Tensor,
     k: int,
@@ -175,3 +205,7 @@ def read_bandwidth(bytes: int = ..., repeats: int = ...) -> float:
 
     The best window of 64 MiB in ``repeats`` passes; the buffer should exceed every cache.
     """
+
+def rtn(
+    values: Tensor, group: int, clips: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None
+) -> None: ...

@@ -109,6 +109,15 @@ class Stack:
             )
 
 
+def with_weights(stack: str | None, weights: str | None) -> str | None:
+    """A stack's text with a choice for the slot `weights`, which may be short: ``bf16``."""
+    if weights is None:
+        return stack
+    short = {"bf16": "checkpoint(dtype=bfloat16)"}
+    chosen = f"weights={short.get(weights.strip(), weights)}"
+    return f"{stack},{chosen}" if stack else chosen
+
+
 def missing_needs(chosen: Iterable[Card], provides: Iterable[str]) -> list[tuple[Card, str]]:
     """The (card, need) pairs that neither the engine nor ``provides`` satisfies."""
     offered = ENGINE_PROVIDES | set(provides)

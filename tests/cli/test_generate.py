@@ -132,3 +132,12 @@ def test_a_turn_that_does_not_fit_is_told_and_the_chat_goes_on() -> None:
     assert result.exit_code == 0
     assert "the prompt has" in result.stderr and "/reset starts over" in result.stderr
     assert result.stdout.count("\n") >= 1  # the short one was answered
+
+
+def test_profile_names_operations_and_the_roofline() -> None:
+    result = hasten("generate", PROMPT, "--max-tokens", 4, "--profile")
+    assert result.exit_code == 0
+    for text in ("attention", "linear", "all operations", "roofline of a decode step", "a step"):
+        assert text in result.stderr
+    assert "3 of 3 decode steps ran as one native call." in result.stderr
+    assert "operation" not in hasten("generate", PROMPT, "--max-tokens", 2).stderr

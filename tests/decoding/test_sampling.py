@@ -21,6 +21,7 @@ from hasten.decoding.sampling import (
     Sampler,
     descending,
     distribution,
+    draw,
     top_logprobs,
     uniform,
 )
@@ -168,6 +169,68 @@ def test_quantiles() -> None:
     law = Distribution(np.array([7, 2, 5]), np.array([0.5, 0.25, 0.25]))
     for u, token in [(0, 7), (0.4999, 7), (0.5, 2), (0.7499, 2), (0.75, 5), (1 - 2**-53, 5)]:
         assert law.draw(u) == token
+
+
+def sorted_draw(row: NDArray[np.float32], p: SamplingParams, u: float) -> int:
+    """The token at quantile u by a sort of everything, in float64."""
+    assert p.temperature
+    ids = np.lexsort((np.arange(len(row)), -row.astype(np.float64)))
+    ids = ids[: p.top_k or len(row)]
+    ids = ids[row[ids] > -np.inf]
+    z = row[ids].astype(np.float64)
+    weights = np.exp((z - z[0]) / p.temperature)
+    if p.top_p is not None and p.top_p < 1:
+        shares = np.cumsum(weights) / weights.sum()
+        keep = int(np.sum(shares < p.top_p)) + 1
+        ids, weights = ids[:keep], weights[:keep]
+    if p.min_p:
+        kept = weights >= p.min_p
+        ids, weights = ids[kept], weights[kept]
+    shares = np.cumsum(weights) / weights.sum()
+    return int(ids[min(int(np.sum(shares <= u)), len(ids) - 1)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 1.0},
+        {"temperature": 3.0},  # far beyond the few that are looked at first
+        {"temperature": 0.2},
+        {"top_k": 40},
+        {"top_k": 3000, "top_p": 0.9},
+        {"top_p": 0.6},
+        {"top_p": 0.97, "temperature": 2.0},
+        {"top_p": 0.9, "min_p": 0.01},
+        {"min_p": 1e-4},
+        {"min_p": 1e-9, "temperature": 1.5},
+    ],
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_draw_without_a_sort_gives_the_token_of_the_sort(
+    changes: dict[str, Any], ties: bool
+) -> None:
+    rng = np.random.default_rng()
+    params = resolved(**{"temperature": 1.0, **changes})
+    for _ in range(3):
+        row = (rng.normal(size=20_011) * 2).astype(np.float32)
+        row[rng.integers(0, len(row), 50)] = -np.inf
+        if ties:
+            row = row.round()
+        law = distribution(row, params)
+        for u in [0.0, *rng.random(20)]:
+            token = draw(row, params, u)
+            assert token == law.draw(u) == sorted_draw(row, params, u), u
+        last = 1 - 2**-53  # the rounding of sums decides here
+        assert draw(row, params, last) == law.draw(last)
+
+
+def test_a_tail_of_banned_tokens_is_never_drawn() -> None:
+    row = np.full(5000, -np.inf, np.float32)
+    row[[7, 4000]] = [1.0, 0.0]
+    for u in (0.0, 0.5, 0.999, 1 - 2**-53):
+        assert draw(row, resolved(temperature=1.0), u) in (7, 4000)
+    row[5:2000] = -650.0  # possible, and too small to add anything
+    assert draw(row, resolved(temperature=1.0), 1 - 2**-53) == 4000
 
 
 def test_uniform_belongs_to_its_place() -> None:

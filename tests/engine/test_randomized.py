@@ -138,6 +138,7 @@ def machine(model: Decoder, choices: str, seen: Counter[str]) -> type[RuleBasedS
             stats = self.world.engine.stats
             seen["preemptions"] += stats.preemptions
             seen["accepted drafts"] += stats.accepted
+            seen["recorded steps"] += stats.recorded_steps
             seen["prefix hits"] += self.world.engine.cache.stats.prefix_hits
             seen["checked"] += self.world.checked
 
@@ -165,7 +166,7 @@ def test_the_examples_saw_everything() -> None:
     """The machines above are worth something only if what they are about happened."""
     if SEEN["machines"] < 5:
         pytest.skip("only after all machines have run")
-    for what in ("preemptions", "accepted drafts", "prefix hits", "checked"):
+    for what in ("preemptions", "accepted drafts", "recorded steps", "prefix hits", "checked"):
         assert SEEN[what] > 5, f"the examples saw too few {what}: {dict(SEEN)}"
 
 

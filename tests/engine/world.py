@@ -130,6 +130,8 @@ class World:
             plain.baseline(),
             EngineConfig(max_sequences=8, max_batch_tokens=256, prefix_reuse=False),
         )
+        runner = self.solo.executor.runner  # type: ignore[attr-defined]
+        runner.recorder.refused = "recorded steps are held against these"
         self.requests: dict[str, Request] = {}
         self.prompt_logprobs: dict[str, Any] = {}
         self.logprobs: dict[tuple[str, int], list[Any]] = {}

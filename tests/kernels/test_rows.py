@@ -9,9 +9,10 @@ import torch
 
 from hasten import _native
 from hasten.kernels.activation import gated, softcap
-from hasten.kernels.logits import row_max_lse
+from hasten.kernels.logits import row_max_lse, row_top, sum_exp
 from hasten.kernels.moe import route
 from hasten.kernels.rms_norm import add_rms_norm, rms_norm
+from hasten.kernels.rows import add, scale, take_rows
 
 from .common import ISAS, assert_close, assert_rows_independent, assert_same_bits, machines
 
@@ -205,6 +206,95 @@ def test_row_max_lse_refuses_what_does_not_fit() -> None:
         with pytest.raises(ValueError, match="no columns"):
             row_max_lse(torch.zeros(2, 0), impl=impl)
     assert [len(part) for part in row_max_lse(torch.zeros(0, 3))] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 61, 1000, 4096, 8200, 50021])
+def test_the_likeliest_ids_are_those_of_a_sort(size: int) -> None:
+    x = torch.randn(9, size) * 3
+    x[1] = x[1].round()  # many ties
+    x[2] = 0.5
+    x[3, size // 2 :] = -math.inf
+    x[4, ::3] = math.nan
+    x[5] = torch.arange(size)
+    x[6] = -torch.arange(size)
+    x[7] = torch.where(torch.rand(size) < 0.5, 0.0, -0.0)
+    x[8, size - 1] = math.inf
+    for k in {0, 1, min(7, size), min(256, size), size}:
+        expected = row_top(x, k, impl="ref")[3]
+        for machine in machines():
+            got = row_top(x, k)
+            assert torch.equal(got[3], expected), (k, machine)
+            for one, other in zip(got, row_top(x, 0), strict=True):  # k changes nothing else
+                if one is not got[3]:
+                    assert_same_bits(one, other)
+    with pytest.raises(ValueError, match=f"the first {size + 1} of {size} columns"):
+        row_top(x, size + 1)
+
+
+@pytest.mark.parametrize("size", [1, 15, 8193, 20011])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 5e-320, 40.0])
+def test_sum_exp(size: int, temperature: float) -> None:
+    x = torch.randn(7, size) * 9
+    x[1, 0] = math.nan
+    x[2, size - 1] = -math.inf
+    shift = x.nan_to_num(-math.inf, neginf=-math.inf).amax(1)
+    if size == 1:
+        shift[1:3] = 0
+    got = sum_exp(x, shift, temperature)
+    expected = sum_exp(x, shift, temperature, impl="ref")
+    assert torch.allclose(got, expected, rtol=1e-13, atol=0)
+    assert_rows_independent(lambda i: sum_exp(x[i], shift[i], temperature), 7)
+
+
+def test_sum_exp_refuses_what_does_not_fit() -> None:
+    for impl in ("cpu", "ref"):
+        with pytest.raises(ValueError, match="temperature"):
+            sum_exp(torch.zeros(2, 3), torch.zeros(2), 0.0, impl=impl)
+    with pytest.raises(ValueError, match="shift"):
+        sum_exp(torch.zeros(2, 3), torch.zeros(3), 1.0)
+
+
+# ------------------------------------------------------------------ rows
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 77), (4, 3, 20)])
+def test_add_and_scale(shape: tuple[int, ...]) -> None:
+    x, y = torch.randn(shape), torch.randn(shape)
+    for machine in machines():
+        assert_same_bits(add(x, y), x + y, machine)
+        assert_same_bits(scale(x, 0.3), x * torch.tensor(0.3), machine)
+        out = x.clone()
+        assert add(out, y, out) is out
+        assert_same_bits(out, x + y)
+    assert_same_bits(scale(-torch.zeros(3), 1.0), -torch.zeros(3))
+    with pytest.raises(ValueError, match="y has shape"):
+        add(x, torch.zeros(2, 2))
+
+
+def test_strided_rows() -> None:
+    """Slices of heads and columns, as inputs and as results; what lies between stays."""
+    wide, other = torch.randn(4, 6, 50), torch.randn(4, 6, 33)
+    x, y = wide[:, 1:4, 5:38], other[:, :3]
+    out = torch.full((4, 5, 40), 7.0)
+    add(x, y, out[:, :3, 2:35])
+    expected = torch.full((4, 5, 40), 7.0)
+    expected[:, :3, 2:35] = x + y
+    assert_same_bits(out, expected)
+    weight = torch.rand(33) + 0.5
+    rms_norm(x, weight, EPS, out[:, :3, 2:35], add=y)
+    expected[:, :3, 2:35] = rms_norm(x.contiguous(), weight, EPS) + y
+    assert_same_bits(out, expected)
+    assert_rows_independent(lambda i: rms_norm(x[i], weight, EPS, add=y[i]), 4)
+
+
+def test_take_rows() -> None:
+    x = torch.randn(6, 44)[:, 3:36]
+    for index in ([5, 0, 0, 3], [], [2]):
+        rows = torch.tensor(index, dtype=torch.int64)
+        for impl in ("cpu", "ref"):
+            assert_same_bits(take_rows(x, rows, impl=impl), x[rows])
+            with pytest.raises(IndexError, match="6 rows"):
+                take_rows(x, torch.tensor([0, 6]), impl=impl)
 
 
 # ------------------------------------------------------------------ router

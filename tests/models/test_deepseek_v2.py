@@ -19,6 +19,7 @@ from hasten.models.deepseek_v2 import Config, configure
 from hasten.models.facts import CheckpointError, Facts
 from hasten.models.loading import load_model
 from hasten.stack import Stack
+from tests.cache.codecs.test_native import logprobs
 from tests.kernels.common import machines
 from tests.models.drive import chunked, whole
 from tests.models.tiny import YARN, edit
@@ -119,6 +120,19 @@ def test_an_engine_allocates_no_more_than_that(checkpoint: Checkpoint) -> None:
     held = sum(pages.nbytes for pages in [*storage.k, *storage.v])
     positions = storage.num_pages[0] * PAGE_SIZE
     assert held == positions * 3 * (20 + 6) * 2
+
+
+def test_latents_in_every_form_of_page(checkpoint: Checkpoint) -> None:
+    """Keys before the rotation give the same bits, int8 pages close ones, whatever the chunks."""
+    model = load_model(checkpoint("deepseek_v2-groups")[0])
+    model.sampling_defaults = {"temperature": 0.0}
+    exact = logprobs(model, "codec=native", 64)
+    assert logprobs(model, "codec=native(keys=pre-rope)", 64) == exact
+    for stack in ("codec=int8", "codec=int8(keys=pre-rope)"):
+        coded = logprobs(model, stack, 64)
+        assert coded != exact and logprobs(model, stack, 7) == coded
+        off = [abs(a - b) for a, b in zip(exact[:44], coded[:44], strict=True)]
+        assert sum(off) / 44 < 0.1  # one alone may be off by more, where experts change
 
 
 @pytest.mark.parametrize("stated", [LITE, LARGE])

@@ -25,13 +25,14 @@ from transformers import (
 )
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from hasten.kernels.linear import BlockWeight
 from hasten.models.facts import CheckpointError
 from hasten.models.gguf.architectures import facts_of
 from hasten.models.gguf.blocks import EXPAND, expand
 from hasten.models.gguf.file import GGUF, KINDS
 from hasten.models.gguf.weights import GGUFWeights
 from hasten.models.loading import load_config, load_model, locate, sampling_defaults
-from tests.models.drive import whole
+from tests.models.drive import chunked, whole
 from tests.models.gguf_files import bfloat, blocks, convert, halved, plain
 from tests.models.tiny import CONFIGS, LLAMA3, YARN, edit, randomized, sizes
 
@@ -145,22 +146,51 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_blocks_give_the_bits_of_their_values(
-    name: str, dtype: torch.dtype | None, tmp_path: Path
+    name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Llama, whose rows are reordered, against a checkpoint of the values that the `gguf` package
-    reads from the same blocks."""
+    """Llama, whose rows are reordered, expanded, against a checkpoint of the values that the
+    `gguf` package reads from the same blocks."""
     folder = saved(LlamaConfig(**wide()), tmp_path / "hf")
     twin: dict[str, torch.Tensor] = {}
     file = convert(folder, tmp_path / "m.gguf", QUANTIZED[name], twin=twin)
     model = load_model(file, dtype=dtype)
-    default = torch.float32 if name == "F16" else torch.bfloat16
-    assert model.config.dtype is (dtype or default)
-    expected = load_model(twin_of(folder, twin, tmp_path / "twin"), dtype=model.config.dtype)
+    assert model.config.dtype is dtype
+    expected = load_model(twin_of(folder, twin, tmp_path / "twin"), dtype=dtype)
     logits = whole(model, TEXT)
     assert logits.isfinite().all() and torch.equal(logits, whole(expected, TEXT))
+
+
+KEPT = {
+    "Q8_0": blocks(Type.Q8_0),
+    "Q4_0": blocks(Type.Q4_0),
+    # query, key and value of different types, one of which is expanded
+    "Q4_K-Q6_K-Q5_K-Q8_0": blocks(Type.Q4_K, Type.Q6_K, Type.Q5_K, Type.Q8_0),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", KEPT)
+def test_a_file_keeps_its_blocks(name: str, tied: bool, tmp_path: Path) -> None:
+    """By default: about the bytes of the file, logits near those of the expanded values, and the
+    same bits whole, token by token and in chunks."""
+    folder = saved(LlamaConfig(**wide(tie_word_embeddings=tied)), tmp_path / "hf")
+    file = convert(folder, tmp_path / "m.gguf", KEPT[name])
+    model = load_model(file)
+    held = [layer.attention.qkv.weight for layer in model.layers]
+    held += [layer.mlp.down.weight for layer in model.layers] + [model.output.weight]
+    parts = [part for w in held for part in getattr(w, "parts", (w,))]
+    kinds = {part.kind for part in parts if isinstance(part, BlockWeight)}
+    assert kinds and kinds <= set(name.split("-"))
+    assert (model.output.weight is model.embedding) == tied
+    logits, expected = whole(model, TEXT), whole(load_model(file, dtype=torch.float32), TEXT)
+    assert logits.isfinite().all() and not torch.equal(logits, expected)
+    spread = (logits - expected).norm() / expected.norm()
+    assert spread < 0.1, spread  # random weights; what is unrelated differs by more than 1
+    for width in (1, 7):
+        assert torch.equal(chunked(model, TEXT, [width]), logits)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +211,10 @@ def test_blocks_of_experts_and_of_gemma(config: PretrainedConfig, tmp_path: Path
     twin: dict[str, torch.Tensor] = {}
     file = convert(folder, tmp_path / "m.gguf", blocks(Type.Q8_0), twin=twin)
     expected = load_model(twin_of(folder, twin, tmp_path / "twin"), dtype=torch.bfloat16)
-    assert torch.equal(whole(load_model(file), TEXT), whole(expected, TEXT))
+    model = load_model(file, dtype=torch.bfloat16)
+    assert torch.equal(whole(model, TEXT), whole(expected, TEXT))
+    kept, exact = whole(load_model(file), TEXT), whole(load_model(file, dtype=torch.float32), TEXT)
+    assert (kept - exact).norm() / exact.norm() < 0.1  # a router may choose another expert
 
 
 @pytest.mark.parametrize("kind", EXPAND)

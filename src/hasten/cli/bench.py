@@ -12,6 +12,7 @@ import typer
 
 from hasten.cli import bench_serve, bench_startup
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +38,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def latency(
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     input_len: InputLen = 128,
     output_len: OutputLen = 64,
     batch: o.Batch = 1,
@@ -45,6 +47,7 @@ def latency(
     convert: o.Convert = False,
     output: Output = None,
     as_json: AsJson = False,
+    profile: o.Profile = False,
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
@@ -57,7 +60,7 @@ def latency(
         _measure(
             "latency",
             model,
-            stack,
+            with_weights(stack, weights),
             batch,
             input_len,
             output_len,
@@ -70,6 +73,7 @@ def latency(
             max_length,
             kv_bytes,
             threads,
+            profile,
         )
 
 
@@ -77,6 +81,7 @@ def latency(
 def throughput(
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 128,
     input_len: InputLen = 128,
     output_len: OutputLen = 64,
@@ -98,7 +103,7 @@ def throughput(
         _measure(
             "throughput",
             model,
-            stack,
+            with_weights(stack, weights),
             num_prompts,
             input_len,
             output_len,
@@ -130,6 +135,7 @@ def _measure(
     max_length: int | None,
     kv_bytes: int | None,
     threads: int | None,
+    profile: bool = False,
 ) -> None:
     o.folder_to_write(output)
     o.set_threads(threads)
@@ -160,7 +166,7 @@ def _measure(
                 peer_contestants(front, items, output_len, batch, setup, convert)
             )
             contestants += running
-        with o.line_of_rounds(rounds) as show:
+        with o.profiled(front.engine, profile), o.line_of_rounds(rounds) as show:
             rows = comparison.compare(contestants, items, params, rounds, show)
     achieved, achievable = bandwidth_share(front.engine)
     shape = f"{count} prompts of {input_len} tokens, {output_len} generated, batch {batch}"

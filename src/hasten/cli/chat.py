@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
@@ -15,6 +16,7 @@ HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C stops 
 def chat(
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: o.MaxTokens = 512,
     temperature: o.Temperature = None,
@@ -29,6 +31,7 @@ def chat(
 ) -> None:
     """Talk to a model. Earlier turns stay in the prefix cache, so only new text is computed."""
     with o.one_line_errors():
+        stack = with_weights(stack, weights)
         o.set_threads(threads)
         params = o.sampling(
             max_tokens=max_tokens,

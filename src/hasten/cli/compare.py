@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 
 def compare(
@@ -23,6 +24,7 @@ def compare(
     ] = "code",
     limit: Annotated[int, typer.Option(min=1, help="Prompts of the workload to use.")] = 16,
     model: o.Model = "reference",
+    weights: o.WeightsText = None,
     max_tokens: o.MaxTokens = 64,
     batch: o.Batch = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; one more warms up.")] = 5,
@@ -51,6 +53,7 @@ def compare(
     Example: hasten compare plain draft=prompt-lookup select=sink-window -w code
     """
     with o.one_line_errors():
+        stacks = [text for given in stacks if (text := with_weights(given, weights)) is not None]
         from hasten.bench import workloads
 
         if workload in workloads.WORKLOADS:

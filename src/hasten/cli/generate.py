@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 
 def generate(
@@ -16,6 +17,7 @@ def generate(
     ] = None,
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     max_tokens: o.MaxTokens = 256,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
@@ -28,6 +30,7 @@ def generate(
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
     figures: Annotated[bool, typer.Option(help="Print the line of figures at the end.")] = True,
+    profile: o.Profile = False,
     max_length: o.MaxLength = None,
     kv_bytes: o.KvBytes = None,
     threads: o.Threads = None,
@@ -38,6 +41,7 @@ def generate(
     Example: hasten generate 'def add(a, b):' --stack draft=prompt-lookup
     """
     with o.one_line_errors():
+        stack = with_weights(stack, weights)
         if prompt is None or prompt == "-":
             if sys.stdin.isatty():
                 o.fail("give a prompt, or pipe one in: echo 'import os' | hasten generate")
@@ -66,14 +70,15 @@ def generate(
             progress=True,
         )
         given = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
-        if n == 1:
-            for piece in llm.stream(given, params):
-                print(piece.text, end="", flush=True)
-                if piece.error:
-                    raise ValueError(piece.error)
-            print(flush=True)
-        else:
-            for output in llm.generate(given, params)[0].outputs:
-                print(f"--- {output.index} ({output.finish_reason})\n{output.text}")
+        with o.profiled(llm.engine, profile):
+            if n == 1:
+                for piece in llm.stream(given, params):
+                    print(piece.text, end="", flush=True)
+                    if piece.error:
+                        raise ValueError(piece.error)
+                print(flush=True)
+            else:
+                for output in llm.generate(given, params)[0].outputs:
+                    print(f"--- {output.index} ({output.finish_reason})\n{output.text}")
         if figures:
             print(line_of_figures(llm), file=sys.stderr)

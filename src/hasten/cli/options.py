@@ -16,6 +16,7 @@ import hasten
 
 if TYPE_CHECKING:
     from hasten.decoding.params import SamplingParams
+    from hasten.engine.engine import Engine
 
 Model = Annotated[
     str,
@@ -33,6 +34,14 @@ StackText = Annotated[
         "-s",
         help="Methods to use, such as 'draft=prompt-lookup(k=8)', separated by commas; "
         "'hasten methods' lists them. Default: the plain choice everywhere.",
+    ),
+]
+WeightsText = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Short for a choice of weights in the stack: int8, int4 ('int4(group=64)'), bf16. "
+        "Default: as the model's files have them.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
@@ -79,6 +88,26 @@ Convert = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
+
+Profile = Annotated[
+    bool,
+    typer.Option("--profile", help="Print time and bandwidth by operation, and the roofline."),
+]
+
+
+@contextmanager
+def profiled(engine: Engine, wanted: bool) -> Iterator[None]:
+    """Print a profile of the engine's steps inside of the block, if one is wanted."""
+    if not wanted:
+        yield
+        return
+    from hasten.cli import profile
+    from hasten.engine.profile import profiling
+
+    with profiling() as engine.profile:
+        yield
+    profile.show(engine.profile, engine)
+    engine.profile = None
 
 
 Device = Annotated[

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from hasten.cli import options as o
+from hasten.stack import with_weights
 
 if TYPE_CHECKING:
     from hasten.api.run_items import Event, Progress
@@ -44,6 +45,7 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
     model: o.Model = "reference",
     stack: o.StackText = None,
+    weights: o.WeightsText = None,
     max_tokens: o.MaxTokens = 256,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
@@ -73,6 +75,7 @@ def run(
     Example: hasten run questions.jsonl -o answers.jsonl --stack draft=prompt-lookup
     """
     with o.one_line_errors(), ExitStack() as cleanup:
+        stack = with_weights(stack, weights)
         if (source is None) == (workload is None):
             o.fail("give either a JSONL file or --workload")
         if output is None and not show:

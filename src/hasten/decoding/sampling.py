@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hasten.decoding.params import SamplingParams
+from hasten.kernels.logits import row_top, sum_exp
 
 Row = NDArray[np.float32]
 
@@ -50,25 +52,43 @@ def descending(values: Row) -> NDArray[np.int64]:
 
 def likeliest(values: Row, k: int) -> NDArray[np.int64]:
     """The first ``k`` of ``descending(values)``, without sorting the rest."""
-    if k >= len(values) or np.isnan(values).any():
-        return descending(values)[:k]
-    floor = np.partition(values, len(values) - k)[len(values) - k]
-    ids = np.flatnonzero(values >= floor)  # the k-th largest and all its equals among them
-    return ids[descending(values[ids])][:k]
+    if k >= len(values):
+        return descending(values)
+    row = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None]
+    ids: NDArray[np.int64] = row_top(row, k)[3][0].numpy()
+    return ids
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """The tokens that can be chosen, in total order, with their probabilities (sum 1)."""
+    """The tokens that can be chosen, likeliest first, or only the first of them.
+
+    Attributes:
+        ids: tokens in total order.
+        weights: their probabilities times ``mass``.
+        mass: sum of the weights of all tokens that can be chosen.
+        whole: whether ``ids`` are all of them.
+    """
 
     ids: NDArray[np.int64]
-    probs: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    mass: float = 1.0
+    whole: bool = True
 
-    def draw(self, u: float) -> int:
-        """The token at quantile u."""
-        cumulative = np.cumsum(self.probs)
-        place = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-        return int(self.ids[min(place, len(self.ids) - 1)])
+    @property
+    def probs(self) -> NDArray[np.float64]:
+        return self.weights / self.mass
+
+    def draw(self, u: float) -> int | None:
+        """The token at quantile u, or None if it is none of ``ids``."""
+        cumulative = np.cumsum(self.weights)
+        place = int(np.searchsorted(cumulative, u * self.mass, side="right"))
+        if place == len(cumulative):
+            if not self.whole:
+                return None
+            # the mass was added up in another order: the last token that adds to it
+            place = int(np.searchsorted(cumulative, cumulative[-1], side="left"))
+        return int(self.ids[place])
 
     def dense(self, vocab: int) -> NDArray[np.float64]:
         """Probabilities indexed by token id."""
@@ -77,28 +97,74 @@ class Distribution:
         return out
 
 
+FEW = (64, 1024)
+"""Tokens that are looked at first. A draw needs the head of the order only; all of it is sorted
+where these do not reach the end of the filters, or the token."""
+
+
 def distribution(logits: Row, params: SamplingParams) -> Distribution:
     """Temperature and filters, applied to processed logits. ``params`` is resolved, T > 0."""
+    law = _distribution(logits, params, len(logits))
+    assert law is not None, "all tokens are listed"
+    return law
+
+
+def draw(logits: Row, params: SamplingParams, u: float) -> int:
+    """``distribution(logits, params).draw(u)``, without sorting the vocabulary where that can be.
+
+    Weights are taken relative to the largest, and cumulated from it on, so that they are the same
+    numbers whether or not more of them follow.
+    """
+    for most in (*FEW, len(logits)):
+        law = _distribution(logits, params, most)
+        token = None if law is None else law.draw(u)
+        if token is not None:
+            return token
+    raise AssertionError("the last distribution is whole")
+
+
+def _distribution(logits: Row, params: SamplingParams, most: int) -> Distribution | None:
+    """At most the ``most`` likeliest tokens; None if these do not tell where the filters end."""
     assert params.temperature, "greedy has no distribution, and parameters are resolved first"
-    ids = likeliest(logits, params.top_k or len(logits))
+    size, top_p, typical_p = len(logits), params.top_p or 1.0, params.typical_p or 1.0
+    if few := 0 < (params.top_k or 0) < size:
+        listed = params.top_k or 0
+    else:
+        listed = size if typical_p < 1 else min(most, size)
+    whole = few or listed == size
+    ids = likeliest(logits, listed)
     z = logits[ids].astype(np.float64)
     if not np.isfinite(z[0]):
         raise NoTokenLeft(f"the largest logit is {z[0]}")
     with np.errstate(over="ignore"):
         z = (z - z[0]) / params.temperature  # in this order: the temperature may be tiny
-    ids, z = ids[np.isfinite(z)], z[np.isfinite(z)]
-    probs = np.exp(z)
-    probs /= probs.sum()
-    if params.top_p is not None and params.top_p < 1:
+    possible = np.isfinite(z)
+    ids, weights = ids[possible], np.exp(z[possible])
+    whole = whole or len(ids) < listed
+    cumulative = np.cumsum(weights)
+    if few or typical_p < 1:
+        mass = float(cumulative[-1])
+    else:
+        row = torch.from_numpy(np.ascontiguousarray(logits, np.float32))[None]
+        mass = float(sum_exp(row, row[:, ids[0]], params.temperature))
+    keep = len(ids) if whole else None
+    if top_p < 1:
         # the smallest head that reaches top_p: everything up to the first crossing
-        keep = int(np.searchsorted(np.cumsum(probs), params.top_p, side="left")) + 1
-        ids, probs = ids[:keep], probs[:keep] / probs[:keep].sum()
+        reached = int(np.searchsorted(cumulative, top_p * mass, side="left")) + 1
+        if reached <= len(ids):
+            keep = reached
     if params.min_p:
-        kept = probs >= params.min_p * probs[0]
-        ids, probs = ids[kept], probs[kept] / probs[kept].sum()
-    if params.typical_p is not None and params.typical_p < 1:
-        ids, probs = _typical(ids, probs, params.typical_p)
-    return Distribution(ids, probs)
+        above = int(np.count_nonzero(weights >= params.min_p))
+        if above < len(ids):
+            keep = above if keep is None else min(keep, above)
+    if top_p < 1 or params.min_p:
+        if keep is None:
+            return None
+        ids, weights, mass, whole = ids[:keep], weights[:keep], float(cumulative[keep - 1]), True
+    if typical_p < 1:
+        ids, weights = _typical(ids, weights / mass, typical_p)
+        mass = 1.0
+    return Distribution(ids, weights, mass, whole)
 
 
 def _typical(
@@ -172,7 +238,7 @@ class Sampler:
             if not row[best] > -np.inf:
                 raise NoTokenLeft(f"the largest logit is {row[best]}")
             return best
-        return distribution(row, self.params).draw(uniform(self.seed, self.stream, position))
+        return draw(row, self.params, uniform(self.seed, self.stream, position))
 
     def process(self, logits: Row) -> Row:
         """Bias, penalties and bans for the next token; the input is left as it is."""

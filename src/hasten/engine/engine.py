@@ -27,6 +27,7 @@ from hasten.engine.batch import Batch, Segment
 from hasten.engine.clock import Clock, WallClock
 from hasten.engine.cuda_graph import DeviceRunner
 from hasten.engine.executor import Executor, InlineExecutor, Moves, Output, Runner
+from hasten.engine.profile import Profile
 from hasten.engine.request import Delta, Figures, FinishReason, Logprobs, Request, Sequence
 from hasten.models.base import Decoder
 from hasten.scheduling.base import Plan
@@ -137,20 +138,28 @@ class Engine:
         self.max_length = min(longest, blocks * PAGE_SIZE)
         self.cache = CacheManager(layout, blocks, self.config.max_sequences, self.max_length + 1)
         storage = KVStorage(layout, [p.num_pages for p in self.cache.pools], model.device)
-        runner = (
+        self.runner = (
             Runner(model, storage)
             if model.device.type == "cpu"
             else DeviceRunner(model, storage, self.max_length + 1)
         )
-        self.executor: Executor = InlineExecutor(runner)
+        self.executor: Executor = InlineExecutor(self.runner)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}
         self.stats = EngineStats()
+        self.profile: Profile | None = None
+        """Set it to have the native operations of each step counted (``profiling``)."""
         self._arrivals = 0
         self._drafting = "proposes-tokens" in stack["draft"].card.does
         # only what changes stored values or who may read them belongs into a prefix key
         self._cache_identity = str(stack.baseline())
+
+    @property
+    def unrecorded(self) -> str | None:
+        """Why forward passes of few rows are not recorded, or None if they are."""
+        recorder = self.runner.recorder
+        return recorder.refused if recorder else "they run on a device"
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -281,6 +290,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one batch and return what it added. An idle engine returns an empty list."""
         began = self.clock.now()
+        profiled = self.profile.begin_step() if self.profile is not None else 0.0
         plan = self._plan()
         if not plan.grants:
             if not self.running:
@@ -298,10 +308,20 @@ class Engine:
         self.stats.rows += batch.num_rows
         self.stats.recorded_steps += output.recorded
         self.stats.forward_seconds += output.seconds
-        if plan.rows == len(plan.grants):
+        decode, kv_bytes = plan.rows == len(plan.grants), 0
+        if decode:
+            kv_bytes = self._kv_bytes(batch.base[batch.segment_rows[1:] - 1])
             self.stats.decode_steps += 1
             self.stats.decode_seconds += output.seconds
-            self.stats.decode_kv_bytes += self._kv_bytes(batch.base[batch.segment_rows[1:] - 1])
+            self.stats.decode_kv_bytes += kv_bytes
+        if self.profile is not None:
+            self.profile.end_step(
+                profiled,
+                decode=decode,
+                recorded=output.recorded,
+                rows=batch.num_rows,
+                kv_bytes=kv_bytes,
+            )
         self.stats.step_seconds += self.clock.now() - began
         if not self.running or self.stats.steps % HEAL_EVERY == 0:
             self._heal()

@@ -81,6 +81,8 @@ class Executor(Protocol):
 class Runner:
     """A model with its page tensors."""
 
+    recorder: Recorder | None = None
+
     def __init__(self, model: Decoder, storage: KVStorage) -> None:
         self.model = model
         self.storage = storage
@@ -88,7 +90,8 @@ class Runner:
 
     def run(self, batch: Batch, capture: Collection[int] = ()) -> Output:
         start = time.perf_counter()
-        if not capture and (found := self.recorder.run(batch)) is not None:
+        recorder = self.recorder
+        if recorder and not capture and (found := recorder.run(batch)) is not None:
             logits, best, lse = found.logits, found.best, found.lse
             seconds = time.perf_counter() - start
             return Output(logits, best, lse, logits[:0], {}, seconds, recorded=True)

@@ -112,6 +112,8 @@ class Recorder:
         for name in INPUTS:
             setattr(own, name, getattr(batch, name).copy())
         kv, tape = PagedKV(self.storage, own), _native.Tape()
+        for rope in self.model.ropes:
+            rope.tables(kv.length)  # grow now: torch computes them
         self._memory.reuse()
         try:
             with _KernelsOnly(self._memory):
@@ -143,6 +145,10 @@ class _KernelsOnly(TorchDispatchMode):
     def __init__(self, memory: _Memory) -> None:
         super().__init__()
         self.memory = memory
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler with the first operation, for a second
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -11,38 +11,41 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 ARENA = 64 << 20
-"""Address space that is asked for at a time; what is not used of it costs nothing."""
+"""Bytes of address space that weights are cut from, one after the other: a page that is shared by
+two weights is not lost twice."""
+SMALL = 1 << 16
+"""Weights below this many bytes lie in ordinary memory."""
 
 _lock = threading.Lock()
-_arena: tuple[mmap.mmap, int, int] | None = None
-"""The newest mapping, and where its free part begins and ends."""
+_arena = torch.empty(0, dtype=torch.uint8)  # what is left of the last arena
 
 
 def weight_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that are not touched yet, aligned to 64 bytes.
 
     A weight is read from front to back once a step. With pages of 4 KiB the processor's prefetcher
-    stops at the end of each, which costs a quarter of the bandwidth; so weights lie one after the
-    other in mappings that ask for huge pages (Linux, where transparent huge pages are on "madvise"
-    or "always"). A page becomes resident when it is first written, so packing in parallel touches
-    it in parallel; a mapping is given back when the last weight in it is gone.
+    stops at the end of each, which costs a quarter of the bandwidth; so weights ask for huge pages
+    (Linux, where transparent huge pages are on "madvise" or "always"). A page becomes resident
+    when it is first written, and memory goes back when all weights of an arena are gone.
     """
     global _arena
     nbytes = prod(shape) * dtype.itemsize
-    if not hasattr(mmap, "MADV_HUGEPAGE") or not nbytes:
+    if nbytes < SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
     with _lock:
-        if _arena is None or _arena[1] + nbytes > _arena[2]:
-            _arena = _map(nbytes)
-        memory, begin, end = _arena
-        _arena = memory, begin + -(-nbytes // 64) * 64, end
-    data = torch.frombuffer(memory, dtype=torch.uint8, offset=begin, count=nbytes)
+        if nbytes > len(_arena):
+            fresh = _mapped(max(nbytes, ARENA))
+            if nbytes > ARENA // 2:  # one of its own: what the last arena has left is still good
+                return fresh[:nbytes].view(dtype).view(shape)
+            _arena = fresh
+        data, _arena = _arena[:nbytes], _arena[-(-nbytes // 64) * 64 :]
     return data.view(dtype).view(shape)
 
 
-def _map(nbytes: int) -> tuple[mmap.mmap, int, int]:
-    size = max(ARENA, -(-nbytes // HUGE_PAGE) * HUGE_PAGE) + HUGE_PAGE
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _mapped(nbytes: int) -> Tensor:
+    """Fresh memory, aligned to a huge page."""
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
-    return memory, begin, size - HUGE_PAGE + begin
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + nbytes]

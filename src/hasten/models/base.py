@@ -193,18 +193,18 @@ class Hidden:
     captured: dict[int, Tensor] = field(default_factory=dict)
 
 
-def _collect(part: Any, found: dict[int, Weight]) -> None:
-    """All packed weights that an object holds, directly or in its parts."""
-    if isinstance(part, Weight):
+def _collect(part: Any, kind: Any, found: dict[int, Any]) -> None:
+    """All objects of a kind that an object holds, directly or in its parts."""
+    if isinstance(part, kind):
         found[id(part)] = part
     elif isinstance(part, ExpertWeights):
-        _collect(part.weights, found)
+        _collect(part.weights, kind, found)
     elif isinstance(part, list | tuple):
         for inner in part:
-            _collect(inner, found)
+            _collect(inner, kind, found)
     elif type(part).__module__.startswith("hasten.models") and hasattr(part, "__dict__"):
         for inner in vars(part).values():
-            _collect(inner, found)
+            _collect(inner, kind, found)
 
 
 class Decoder(ABC):
@@ -227,7 +227,7 @@ class Decoder(ABC):
         For a mixture of experts this counts every expert, as a full batch reads them.
         """
         found: dict[int, Weight] = {}
-        _collect(self, found)
+        _collect(self, Weight, found)
         if not self.config.tied:
             del found[id(self.embedding)]
         return sum(w.nbytes for w in found.values())
@@ -236,8 +236,15 @@ class Decoder(ABC):
     def parameters(self) -> int:
         """Numbers in the matrices; norms and biases add less than a thousandth."""
         found: dict[int, Weight] = {}
-        _collect(self, found)
+        _collect(self, Weight, found)
         return sum(w.size for w in found.values())
+
+    @cached_property
+    def ropes(self) -> list[Rope]:
+        """The rotations of its layers."""
+        found: dict[int, Rope] = {}
+        _collect(self, Rope, found)
+        return list(found.values())
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:

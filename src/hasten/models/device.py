@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.kernels.linear import DeviceWeight, Int4Weight, Int8Weight, PackedWeight, Weight, unpack
+from hasten.kernels.linear import (
+    BlockWeight,
+    DeviceWeight,
+    Int8Weight,
+    PackedWeight,
+    StackedWeight,
+    Weight,
+    unpack,
+)
 from hasten.kernels.linear.device import pair_nibbles
 from hasten.kernels.linear.quantized_ref import unpack_codes
 from hasten.models.base import Decoder
@@ -86,13 +94,15 @@ def to_device(w: Weight, device: torch.device | str) -> DeviceWeight:
             parts = [unpack(PackedWeight(data, w.n, w.k), impl="cpu") for data in w.data]
             return DeviceWeight(torch.stack(parts).to(device), w.n, w.k)
         return DeviceWeight(unpack(w, impl="cpu").to(device), w.n, w.k, gated=w.gated)
+    if isinstance(w, BlockWeight | StackedWeight):  # no Triton kernel reads blocks: expanded
+        values = unpack(w, impl="cpu").bfloat16().to(device)
+        return DeviceWeight(values, w.n, w.k, gated=w.gated)
     if w.data.dim() != 1:
         raise TypeError("no Triton kernel reads the weights of several experts at once")
     rows = unpack_codes(w)
     if isinstance(w, Int8Weight):
         codes, scale = rows.codes.to(device), rows.scale.to(device)
         return DeviceWeight(codes, w.n, w.k, scale, gated=w.gated)
-    assert isinstance(w, Int4Weight)
     nibbles = pair_nibbles(rows.codes, w.group).to(device)
     zero = None if rows.zero is None else rows.zero.to(device)
     return DeviceWeight(nibbles, w.n, w.k, rows.scale.to(device), zero, w.group, w.gated)

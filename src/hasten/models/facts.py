@@ -42,6 +42,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 class Facts:
     """Typed access to config.json: a wrong or missing value is named, never guessed around.
 

@@ -79,6 +79,9 @@ class ServeConfig:
         MODEL,
         "Methods to use, such as 'draft=prompt-lookup(k=8)'; 'hasten methods' lists them.",
     )
+    weights: str | None = _setting(
+        None, MODEL, "Short for a choice of weights in the stack: int8, int4, bf16."
+    )
 
     max_sequences: int = _setting(
         64, ENGINE, "Sequences that run at the same time.", aliases=("max-num-seqs",), least=1

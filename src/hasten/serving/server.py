@@ -16,6 +16,7 @@ from typing import Any
 
 from hasten.serving.config import Effective
 from hasten.serving.engine_client import EngineClient, EngineStopped
+from hasten.stack import with_weights
 
 logger = logging.getLogger("hasten.serving")
 
@@ -41,7 +42,7 @@ def run(effective: Effective) -> int:
     # The engine's imports and its model take longest: they start before this process's own.
     engine = EngineClient(
         config.model,
-        stack=config.stack,
+        stack=with_weights(config.stack, config.weights),
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
         max_length=config.max_length,

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from hasten.models.facts import write_json
 from hasten.training.bpe import BOS, END, EOS, PAD, save_tokenizer
 from hasten.training.model import Llama, LlamaShape
 
@@ -38,10 +39,6 @@ def llama_config(shape: LlamaShape, tokenizer: Tokenizer, dtype: torch.dtype) ->
         "torch_dtype": DTYPE_NAMES[dtype],
         "use_cache": True,
     }
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def export_model(

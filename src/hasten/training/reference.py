@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from hasten.models.facts import write_json
 from hasten.training import corpus, validate
 from hasten.training.bpe import train_tokenizer
 from hasten.training.data import Curriculum, Mixture
-from hasten.training.export import export_model, load_exported, write_json
+from hasten.training.export import export_model, load_exported
 from hasten.training.model import Llama, LlamaShape
 from hasten.training.plot import plot_losses
 from hasten.training.tasks import Task, all_tasks

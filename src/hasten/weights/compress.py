@@ -15,9 +15,8 @@ from torch import Tensor
 
 from hasten.kernels.linear import Rows, Weight
 from hasten.models.checkpoint import SafetensorsWeights
-from hasten.models.facts import CheckpointError, read_json
+from hasten.models.facts import CheckpointError, read_json, write_json
 from hasten.models.loading import HUB_FILES, build_model, locate, read_facts, stated_dtype
-from hasten.training.export import write_json
 from hasten.weights.base import Matrix, WeightFormat
 from hasten.weights.forms import Form, quantized_rows
 from hasten.weights.saved import METHOD, VERSION

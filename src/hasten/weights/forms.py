@@ -30,7 +30,7 @@ class Form(Protocol):
     """One way to hold rows as integers."""
 
     def quantize(self, values: Tensor) -> Rows:
-        """Rows float32 [n, K], rounded to nearest."""
+        """Rows [n, K], float32 or bfloat16, rounded to nearest."""
 
     def pack(self, parts: Iterable[Rows], wanted: Matrix) -> Weight:
         """What kernels read, from the rows of a matrix in parts."""
@@ -147,7 +147,8 @@ def quantized_rows(form: Form, source: Weights, wanted: Matrix) -> Iterator[Rows
         try:
             for part in values:
                 for block in row_blocks(part):
-                    yield form.quantize(block.float())
+                    half = block.dtype is torch.float16
+                    yield form.quantize(block.float() if half else block)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 

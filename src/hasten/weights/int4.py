@@ -29,7 +29,7 @@ class Int4:
 
     ``group`` inputs (32, 64 or 128) of an output share a scale, which is stored as float16;
     ``asymmetric`` adds a zero to each. ``head`` says how the output matrix and the embedding are
-    held, as int8 or int4: see the figures in docs/slots/weights.md.
+    held, as int8 or int4: see docs/slots/weights.md.
 
     What bounds the loss: a weight moves by at most one code, about 1/8 of the largest magnitude in
     its group (half a code but at the clipped end), unless a clipped scale has less squared error.

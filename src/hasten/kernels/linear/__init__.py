@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.dispatch import choose, module
-from hasten.kernels.linear import cpu, quantized_cpu, quantized_ref, ref
+from hasten.kernels.linear import (
+    blocks_cpu,
+    blocks_ref,
+    cpu,
+    quantized_cpu,
+    quantized_ref,
+    ref,
+)
+from hasten.kernels.linear.blocks import BLOCK_KINDS, BlockWeight, check_block_rows, empty_blocks
 from hasten.kernels.linear.device import DeviceWeight
 from hasten.kernels.linear.packed import (
     GROUP,
@@ -29,24 +37,29 @@ from hasten.kernels.linear.quantized import (
     empty_int4,
     empty_int8,
 )
+from hasten.kernels.linear.stacked import StackedOperations, StackedWeight
 from hasten.kernels.memory import weight_memory
 
 __all__ = [
+    "BLOCK_KINDS",
     "GROUP",
     "GROUPS",
     "PANEL",
+    "BlockWeight",
     "DeviceWeight",
     "ExpertWeights",
     "Int4Weight",
     "Int8Weight",
     "PackedWeight",
     "Rows",
+    "StackedWeight",
     "Weight",
     "linear",
     "linear_experts",
     "linear_gated",
     "linear_grouped",
     "pack",
+    "pack_blocks",
     "pack_grouped",
     "pack_int4",
     "pack_int4_rows",
@@ -57,7 +70,7 @@ __all__ = [
     "unpack",
 ]
 
-Weight = PackedWeight | Int8Weight | Int4Weight | DeviceWeight
+Weight = PackedWeight | Int8Weight | Int4Weight | BlockWeight | StackedWeight | DeviceWeight
 """What a linear layer multiplies by."""
 
 # For each kind of weight the modules that have `linear`, `linear_gated`, `linear_experts`, `unpack`
@@ -66,6 +79,7 @@ _FAMILIES: dict[type, dict[str, Any]] = {
     PackedWeight: {"ref": ref, "cpu": cpu},
     Int8Weight: {"ref": quantized_ref, "cpu": quantized_cpu},
     Int4Weight: {"ref": quantized_ref, "cpu": quantized_cpu},
+    BlockWeight: {"ref": blocks_ref, "cpu": blocks_cpu},
 }
 
 
@@ -77,6 +91,8 @@ def implementation(w: Weight, impl: str | None, tensor: Tensor) -> Any:
             f"a {type(w).__name__} is not what '{chosen}' kernels read; hasten.models.device.place "
             "brings a model's weights to a device"
         )
+    if isinstance(w, StackedWeight):
+        return StackedOperations(lambda part: _FAMILIES[type(part)][chosen])
     return module(__name__, "triton") if chosen == "triton" else _FAMILIES[type(w)][chosen]
 
 
@@ -216,6 +232,33 @@ def _put_all(parts: Iterable[Rows], w: Int8Weight | Int4Weight, impl: str | None
         raise ValueError(f"the parts of a weight have {found} rows, not {w.n}")
 
 
+def pack_blocks(
+    parts: Iterable[Tensor],
+    n: int,
+    k: int,
+    kind: str,
+    *,
+    gated: bool = False,
+    impl: str | None = None,
+) -> BlockWeight:
+    """A weight [N, K] of the blocks of a GGUF file, whose rows come in parts uint8 [any, bytes].
+
+    Rows are as in the file and may be views of it; only the part at hand is read. ``kind`` is one
+    of `BLOCK_KINDS`, ``gated`` as in `pack`. Raises TypeError or ValueError for other types and
+    shapes, also if the parts do not make N rows.
+    """
+    w = empty_blocks(kind, n, k, gated=gated)
+    run, found = implementation(w, impl, w.data), 0
+    for rows in parts:
+        check_block_rows(rows, w)
+        if found + len(rows) <= n:
+            run.put(rows, w, found)
+        found += len(rows)
+    if found != n:
+        raise ValueError(f"the parts of a weight have {found} rows, not {n}")
+    return w
+
+
 def unpack(w: Weight, *, impl: str | None = None) -> Tensor:
     """The weight [N, K] in the type in which it is kept; float32 if that is integers."""
     return implementation(w, impl, w.data).unpack(w)
@@ -241,6 +284,7 @@ def linear(
     Against 8-bit and 4-bit weights a row of activations becomes 8-bit codes, with a scale for the
     row or for each group of inputs; sums of products are exact integers, and those of groups are
     added in ascending order, then the bias, then ``add`` (`quantized_ref` has each operation).
+    Against blocks of GGUF files it is the same with a scale for each 32 inputs (`blocks_ref`).
 
     Raises TypeError or ValueError for other types or shapes, and for a gated weight.
     """

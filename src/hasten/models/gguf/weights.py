@@ -5,12 +5,19 @@ from __future__ import annotations
 import mmap
 import warnings
 from collections.abc import Iterator
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hasten.kernels.linear import Weight
+from hasten.kernels.linear import (
+    BLOCK_KINDS,
+    StackedWeight,
+    Weight,
+    pack_blocks,
+    pack_rows,
+)
 from hasten.models.facts import CheckpointError, Facts
 from hasten.models.gguf.architectures import Source, architecture_of, source_of
 from hasten.models.gguf.blocks import CHUNK_VALUES, READABLE, expand
@@ -88,7 +95,31 @@ class GGUFWeights:
         )
 
     def stored(self, wanted: Matrix) -> Weight | None:
-        return None
+        """The matrix as the blocks of the file, where kernels compute on blocks of its types.
+
+        Projections of different types are stacked as they are, those of other types expanded;
+        not so a gate and what it multiplies, of which files have one type. A router is expanded.
+        """
+        names = {f"{name}.weight": rows for name, rows in wanted.outputs.items()}
+        split = any(name.endswith(LATENT_UP) and self._is_split(name) for name in names)
+        if split or wanted.role == "router":
+            return None
+        # all shapes are checked before memory of the sizes that the config states is asked for
+        found = [(name, self.blocks(name, (n, wanted.inputs))) for name, n in names.items()]
+        runs = [list(run) for _, run in groupby(found, key=lambda part: part[1].kind.name)]
+        known = [run[0][1].kind.name in BLOCK_KINDS for run in runs]
+        if not any(known) or (wanted.gated and len(runs) > 1):
+            return None
+        parts: list[Weight] = []
+        for run, is_known in zip(runs, known, strict=True):
+            n, k = sum(len(blocks.rows) for _, blocks in run), wanted.inputs
+            if is_known:
+                rows = (blocks.rows for _, blocks in run)
+                parts.append(pack_blocks(rows, n, k, run[0][1].kind.name, gated=wanted.gated))
+            else:
+                values = (self.rows(name, (len(blocks.rows), k)) for name, blocks in run)
+                parts.append(pack_rows(chain.from_iterable(values), n, k, self.dtype))
+        return parts[0] if len(parts) == 1 else StackedWeight(tuple(parts))
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks:
         """The tensor of that name as stored, for kernels that compute on blocks.
