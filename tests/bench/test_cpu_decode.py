@@ -16,7 +16,7 @@ from hasten.api.frontend import REFERENCE
 from hasten.bench.peers.engines import PEERS, Setup
 from hasten.bench.peers.process import PeerError
 
-GROUP = Group("qwen0.5b", "int8", "weights=int8", {"decode-128": (1.4, 0.85)}, steps=True)
+GROUP = Group("qwen0.5b", "int8", "int8", {"decode-128": (1.4, 0.85)}, steps=True)
 FIRST = {"llama.cpp": 40.0, "openvino": 30.0, "ctranslate2": 29.0, "onnxruntime-genai": 20.0}
 
 
@@ -153,7 +153,7 @@ def test_rates_leave_the_prompt_out_and_count_all_sequences() -> None:
 
 def test_hasten_is_started_like_the_others(tmp_path: Path) -> None:
     records = Records(tmp_path / "cells.jsonl")
-    group = replace(GROUP, stack="", steps=False)
+    group = replace(GROUP, compressed="", steps=False)
     process = cpu_decode.start("hasten", group, Setup(None), REFERENCE / "target", records, 2)
     with process:
         cpu_decode.measure_cell(group, "hasten", process, "decode-128", 1, records)
@@ -167,7 +167,7 @@ def test_every_group_can_be_measured() -> None:
 
     assert len({group.name for group in GROUPS}) == len(GROUPS)
     for group in GROUPS:
-        Stack.parse(group.stack)
+        Stack.parse({"weights": group.compressed or "checkpoint"})
         assert group.shape in random_checkpoint.SHAPES
         assert any(group.weights in peer.forms for peer in PEERS)
         for name in group.targets:
