@@ -26,7 +26,9 @@ class LlamaCpp:
     def __init__(self, path: str, threads: int, length: int, sequences: int) -> None:
         self.version = _version()
         api.llama_backend_init()
-        model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+        how = api.llama_model_default_params()
+        how.load_mode = api.LLAMA_LOAD_MODE_NONE  # pages of a file might go while it is paused
+        model = api.llama_model_load_from_file(path.encode(), how)
         if model is None:
             raise ValueError(f"llama.cpp cannot load {path}")
         params = api.llama_context_default_params()
