@@ -6,10 +6,10 @@
 
 Groups of one shape and one kind of weights are measured one after another. In a group every engine,
 hasten too, has a process of its own (hasten.bench.peers), which is paused whenever it is not its
-turn. Round 0 measures every engine in every case; peers that are more than 1.5x behind the best
-there, or not among the best two, leave the case, and the report lists them with that figure. In the
-following rounds the remaining take turns, in rotating order. Every figure goes to cells.jsonl at
-once; a run that was stopped goes on where it was.
+turn. Round 0 measures every engine in every case, one process at a time; peers that are more than
+1.5x behind the best there, or not among the best two, leave the case, and the report lists them
+with that figure. In the following rounds the remaining take turns, in rotating order. Every figure
+goes to cells.jsonl at once; a run that was stopped goes on where it was.
 
 Cases: `decode-N` is the rate at batch 1 behind N prompt tokens; `batch-8` that of eight sequences
 with prompts of 128 together; `prefill-512` is 512 over the time to the first token; `step-R` is the
@@ -36,7 +36,7 @@ from benchmarks.random_checkpoint import SHAPES, write  # noqa: E402
 from hasten import _native  # noqa: E402
 from hasten.bench.comparison import Spread  # noqa: E402
 from hasten.bench.conditions import conditions  # noqa: E402
-from hasten.bench.peers.engines import PEERS, Setup  # noqa: E402
+from hasten.bench.peers.engines import PEERS, Command, Peer, Setup  # noqa: E402
 from hasten.bench.peers.process import RUNNERS, EngineProcess, PeerError  # noqa: E402
 
 BEHIND = 1.5
@@ -77,13 +77,14 @@ SHORT = {"decode-128": Case(128, 129)}  # of models whose token takes a millisec
 class Group:
     """What is measured together: one shape, one kind of weights.
 
+    ``compressed``: what `hasten compress rtn --weights` is told, empty for the checkpoint's own.
     ``targets``: case -> (ratio to the best peer, share of the roofline or None).
     ``steps``: whether steps of several rows are measured, too.
     """
 
     shape: str
     weights: str
-    stack: str
+    compressed: str
     targets: dict[str, tuple[float, float | None]]
     steps: bool = False
 
@@ -95,13 +96,13 @@ class Group:
         return SHORT[name] if self.shape == "ref-small" else CASES[name]
 
 
-FOUR, FOUR_ALL = "weights=int4", "weights=int4(head=int4)"
+FOUR, FOUR_ALL = "int4", "int4(head=int4)"
 GROUPS = (
     Group("qwen0.5b", "bfloat16", "", {"decode-128": (1.15, 0.85)}),
     Group(
         "qwen0.5b",
         "int8",
-        "weights=int8",
+        "int8",
         {
             "decode-128": (1.4, 0.85),
             "decode-2048": (1.6, None),
@@ -125,14 +126,14 @@ GROUPS = (
     Group(
         "qwen0.5b", "int4-head4", FOUR_ALL, {"decode-128": (1.4, 0.75), "decode-2048": (1.6, None)}
     ),
-    Group("ref-small", "int8", "weights=int8", {"decode-128": (1.0, None)}),
+    Group("ref-small", "int8", "int8", {"decode-128": (1.0, None)}),
     Group("ref-small", "int4", FOUR, {"decode-128": (1.0, None)}),
     Group("ref-small", "int4-head4", FOUR_ALL, {"decode-128": (1.0, None)}),
     Group("llama1b", "bfloat16", "", {"decode-128": (1.15, None)}),
     Group(
         "llama1b",
         "int8",
-        "weights=int8",
+        "int8",
         {"decode-128": (1.2, None), "prefill-512": (1.1, None), "batch-8": (1.4, None)},
     ),
     Group(
@@ -184,8 +185,6 @@ def measure_group(group: Group, setup: Setup, records: Records, rounds: int, thr
     try:
         for round_ in range(rounds + 1):
             todo = planned(group, records, cases, round_)
-            for name in [name for name in running if name not in {n for n, _ in todo}]:
-                running.pop(name).close()
             if not todo:
                 continue
             speed = _native.read_bandwidth(1 << 30, 5)
@@ -208,6 +207,8 @@ def measure_group(group: Group, setup: Setup, records: Records, rounds: int, thr
                             what="absent", group=group.name, engine=name, case=case, why=str(error)
                         )
                         print(f"  {error}", flush=True)
+                if not round_:  # all at once might not fit into memory
+                    running.pop(name).close()
     finally:
         for process in running.values():
             process.close()
@@ -253,14 +254,15 @@ def start(
     began = time.perf_counter()
     facts: dict[str, Any] = {}
     if name == "hasten":
+        model = hasten_checkpoint(setup, group, checkpoint)
         process = EngineProcess(
-            name, [sys.executable, RUNNERS / "hasten_runner.py"], setup.environment(threads)
+            name, [sys.executable, RUNNERS / HASTEN.runner], setup.environment(threads)
         )
         try:
             facts = process.ask(
                 do="load",
-                model=str(checkpoint),
-                weights=group.stack,
+                model=str(model),
+                weights="",  # the folder says how they are held
                 threads=threads,
                 length=LENGTH,
                 sequences=SEQUENCES,
@@ -268,7 +270,7 @@ def start(
         except BaseException:
             process.close()
             raise
-        label = f"hasten {group.stack}".strip()
+        label = f"{facts.pop('engine')} {facts.pop('version')} {group.weights}"
     else:
         (peer,) = (peer for peer in PEERS if peer.name == name)
         process, label = setup.start(
@@ -298,6 +300,21 @@ def measure_cell(
         records.add(**where, case=case, value=value)
         shown = f"{value:.1f}"
     print(f"{group.name} {case} round {round_}: {name} {shown}", flush=True)
+
+
+def hasten_checkpoint(setup: Setup, group: Group, checkpoint: Path, convert: bool = False) -> Path:
+    """Quantized weights are read as a user would keep them: written once by `hasten compress`."""
+    if not group.compressed:
+        return checkpoint
+    return setup.converted(HASTEN, checkpoint, group.compressed, convert)
+
+
+def _compress(setup: Setup, checkpoint: Path, form: str, target: Path) -> list[Command]:
+    command = [sys.executable, "-m", "hasten.cli.main", "compress", "rtn", checkpoint]
+    return [[*command, "-o", target, "--weights", form]]
+
+
+HASTEN = Peer("hasten", "", "hasten_runner.py", {}, _compress)
 
 
 def checkpoint_of(setup: Setup, shape: str) -> Path:
@@ -550,6 +567,7 @@ def main() -> None:
 
 def convert_group(setup: Setup, group: Group) -> None:
     checkpoint = checkpoint_of(setup, group.shape)
+    print(hasten_checkpoint(setup, group, checkpoint, convert=True), flush=True)
     for peer in PEERS:
         if group.weights in peer.forms:
             try:

@@ -26,7 +26,7 @@ int core_of(int processor) {
 std::vector<int> processors_for(int threads) {
     const char* wanted = std::getenv("HASTEN_PIN");
     cpu_set_t allowed;
-    if ((wanted && !std::strcmp(wanted, "0")) || sched_getaffinity(0, sizeof allowed, &allowed))
+    if (!wanted || std::strcmp(wanted, "1") || sched_getaffinity(0, sizeof allowed, &allowed))
         return {};
     const int here = sched_getcpu();
     std::vector<int> all, one_a_core, cores;

@@ -8,7 +8,7 @@ namespace hasten {
 
 // A processor for each of `threads` threads, the caller's own (where it runs now) first, if there
 // is exactly one thread for each core, or for each hardware thread, that the calling thread may
-// use. Empty otherwise, with HASTEN_PIN=0, and where the system cannot say.
+// use. Empty otherwise, without HASTEN_PIN=1, and where the system cannot say.
 std::vector<int> processors_for(int threads);
 
 // The processor that the calling thread runs on, -1 if the system cannot say.

@@ -15,6 +15,7 @@ from hasten.bench.peers.engines import PEERS, Setup
 from hasten.bench.peers.process import EngineProcess, PeerError
 from hasten.bench.workloads import Item
 from hasten.decoding.params import SamplingParams
+from hasten.stack import Stack
 
 
 @dataclass(slots=True)
@@ -154,7 +155,7 @@ def peer_contestants(
     from hasten import _native
 
     length = max(len(prompt_ids(item, front.tokenizer)) for item in items) + max_tokens
-    weights = weights_name(front)
+    weights = weights_name(front.stack, front.engine.model.config.dtype)
     contestants: list[PeerContestant] = []
     absent: list[str] = []
     try:
@@ -179,9 +180,10 @@ def peer_contestants(
             contestant.close()
 
 
-def weights_name(front: Frontend) -> str:
-    """The weights of a stack in the words of ``Peer.forms``."""
-    weights = front.stack["weights"]
+def weights_name(stack: Stack, dtype: Any) -> str:
+    """The weights of a stack in the words of ``Peer.forms``; ``dtype`` is the checkpoint's own."""
+    weights = stack["weights"]
     if weights.card.name == "checkpoint":
-        return str(front.engine.model.config.dtype).removeprefix("torch.")
-    return str(weights.card.name)
+        return str(weights.torch_dtype or dtype).removeprefix("torch.")
+    small_head = weights.card.name == "int4" and weights.head == "int4"
+    return "int4-head4" if small_head else str(weights.card.name)

@@ -6,6 +6,6 @@ folder's ``__init__`` has the public functions, which choose by device. ``impl="
 that cannot run raises.
 
 What every kernel promises: a row's bits depend on that row alone, never on the other rows, their
-number, the number of threads or the instruction set, which ``HASTEN_ISA`` forces: ``amx``, ``avx512vnni``,
-``avx512``, ``avx2`` or ``portable``.
+number, the number of threads or the instruction set, which ``HASTEN_ISA`` forces: ``amx``,
+``avx512vnni``, ``avx512``, ``avx2`` or ``portable``.
 """

@@ -66,9 +66,7 @@ def answer(load: Callable[[dict[str, Any]], Engine]) -> None:
                 reply = {"seconds": seconds}
         except Exception as error:  # of any engine, of any kind: the parent decides
             reply = {"error": f"{type(error).__name__}: {error}"}
-        reply["peak_bytes"] = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )  # Linux: KiB
+        reply["peak_bytes"] = _peak_bytes()
         print(json.dumps(reply), file=out, flush=True)
 
 
@@ -77,6 +75,16 @@ def padded(prompts: list[list[int]], pad: int) -> tuple[list[list[int]], list[li
     longest = max(map(len, prompts))
     ids = [[pad] * (longest - len(p)) + p for p in prompts]
     return ids, [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+
+
+def _peak_bytes() -> int:
+    """The most memory that was resident. Not rusage's: that begins with the parent's own peak."""
+    try:
+        with open("/proc/self/status") as status:
+            (line,) = (line for line in status if line.startswith("VmHWM:"))
+    except OSError:  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(line.split()[1]) * 1024
 
 
 def _die_with_parent() -> None:

@@ -6,6 +6,7 @@ logits that the library hands out, so that no sampler of the binding is timed.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -25,7 +26,9 @@ class LlamaCpp:
     def __init__(self, path: str, threads: int, length: int, sequences: int) -> None:
         self.version = _version()
         api.llama_backend_init()
-        model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+        how = api.llama_model_default_params()
+        how.load_mode = api.LLAMA_LOAD_MODE_NONE  # pages of a file might go while it is paused
+        model = api.llama_model_load_from_file(path.encode(), how)
         if model is None:
             raise ValueError(f"llama.cpp cannot load {path}")
         params = api.llama_context_default_params()
@@ -37,6 +40,7 @@ class LlamaCpp:
         if self._context is None:
             raise ValueError(f"llama.cpp cannot make a context of {length} x {sequences}")
         self._vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        self._logits = ctypes.c_float * self._vocab
         self._memory = api.llama_get_memory(self._context)
         self._room = params.n_batch
         self._batch = api.llama_batch_init(self._room, 0, 1)
@@ -107,15 +111,13 @@ class LlamaCpp:
             batch.logits[i] = wanted
         if (status := api.llama_decode(self._context, batch)) != 0:
             raise RuntimeError(f"llama_decode returned {status}")
-        return [
-            int(
-                np.ctypeslib.as_array(
-                    api.llama_get_logits_ith(self._context, i), (self._vocab,)
-                ).argmax()
-            )
-            for i, row in enumerate(rows)
-            if row[3]
-        ]
+        return [self._best(i) for i, row in enumerate(rows) if row[3]]
+
+    def _best(self, row: int) -> int:
+        """The likeliest token after a row; its logits are read where they lie."""
+        logits = api.llama_get_logits_ith(self._context, row)
+        place = self._logits.from_address(ctypes.addressof(logits.contents))
+        return int(np.frombuffer(place, np.float32).argmax())
 
 
 def _version() -> str:

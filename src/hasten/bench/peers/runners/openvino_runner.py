@@ -25,6 +25,7 @@ class OpenVINO:
             "CPU",
             INFERENCE_NUM_THREADS=threads,
             PERFORMANCE_HINT="LATENCY",
+            ENABLE_MMAP=False,  # pages of a file might go while it is paused
             scheduler_config=scheduler,
         )
 
