@@ -352,7 +352,9 @@ def test_lists_are_counted_before_they_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads anonymous memory from /proc")
-@pytest.mark.parametrize(("dtype", "least", "most"), [("None", 1.0, 1.2), ("torch.bfloat16", 3.4, 4.0)])
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [("None", 1.0, 1.2), ("torch.bfloat16", 3.4, 4.0)]
+)
 def test_memory_at_load_is_bounded_by_the_file(
     dtype: str, least: float, most: float, tmp_path: Path
 ) -> None:
