@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -263,22 +263,24 @@ def test_logits_of_unlike_architectures(
 
 
 def outcome(
-    engine: Engine, prompt: list[int], params: SamplingParams, others: Callable[[], Any], late: int
-) -> tuple[Any, ...]:
-    """Tokens and log-probabilities of a prompt added after ``late`` of the engine's other steps."""
-    others()
+    engine: Engine, prompt: list[int], params: SamplingParams, late: int = 0
+) -> tuple[tuple[Any, ...], int]:
+    """What a prompt added after ``late`` steps gives, and how many ran beside it at most."""
     for _ in range(late):
         engine.step()
     request = engine.add(prompt, params)
     logprobs: list[Any] = []
+    beside = 0
     while not request.finished:
         for delta in engine.step():
             if delta.sequence.request is request:
                 logprobs += delta.logprobs or []
+        if any(sequence.request is request for sequence in engine.running):
+            beside = max(beside, len(engine.running) - 1)
     for other in list(engine.requests):
         engine.abort(other)
     engine.check_ledger()
-    return request.sequences[0].tokens, logprobs, request.prompt_logprobs
+    return (request.sequences[0].tokens, logprobs, request.prompt_logprobs), beside
 
 
 @pytest.mark.parametrize("weights", ["checkpoint", "int8"])
@@ -301,10 +303,10 @@ def shuffle_company(weights: str, shuffles: int, rng: random.Random) -> None:
     )
     _native.set_num_threads(1)
     alone = Engine(model, Stack.parse(""), EngineConfig(max_sequences=1, prefix_reuse=False))
-    expected = outcome(alone, prompt, params, lambda: None, 0)
+    expected, _ = outcome(alone, prompt, params)
     assert len(expected[0]) == 61 and len(expected[1]) == 24
     block = alone.cache.layout.block_bytes()
-    preempted = reused = 0
+    preempted = reused = most_beside = 0
     for turn in range(shuffles):
         count = (256, 256, 1)[turn] if turn < 3 else round(2 ** rng.uniform(0, 8))
         small, reuse = turn % 2 == 0, rng.random() < 0.5 or turn == 0
@@ -321,22 +323,22 @@ def shuffle_company(weights: str, shuffles: int, rng: random.Random) -> None:
             ),
         )
 
-        def company(count: int = count, engine: Engine = engine) -> None:
-            for _ in range(count):
-                shared = prompt[: rng.choice([0, 0, 16, 32, 37])]
-                tail = [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 40))]
-                engine.add(
-                    shared + tail,
-                    SamplingParams(
-                        max_tokens=rng.randint(1, 40),
-                        temperature=rng.choice([0.0, 1.0]),
-                        seed=rng.randrange(99),
-                        ignore_eos=True,
-                    ),
-                )
-
-        found = outcome(engine, prompt, params, company, rng.randint(0, 12))
+        for _ in range(count):
+            shared = prompt[: rng.choice([0, 0, 16, 32, 37])]
+            tail = [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 40))]
+            engine.add(
+                shared + tail,
+                SamplingParams(
+                    max_tokens=rng.randint(1, 40) if small else 60,
+                    temperature=rng.choice([0.0, 1.0]),
+                    seed=rng.randrange(99),
+                    ignore_eos=True,
+                ),
+            )
+        found, beside = outcome(engine, prompt, params, rng.randint(0, 12))
         assert found == expected, f"shuffle {turn}: {count} others, {weights}"
         preempted += engine.stats.preemptions
         reused += engine.cache.stats.prefix_hits
-    assert preempted and reused, (preempted, reused)
+        most_beside = max(most_beside, beside)
+    assert preempted and reused and most_beside == 256, (preempted, reused, most_beside)
+    print(f"{shuffles} shuffles, {preempted} preemptions, {reused} prefix hits")
