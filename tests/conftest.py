@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hasten.kernels.linear import Weight
 from hasten.models.base import Decoder
 from hasten.models.facts import Facts
+from hasten.stack import Stack
 from hasten.weights.base import Matrix, WeightFormat
 from hasten.weights.checkpoint import Checkpoint
 
@@ -76,19 +77,27 @@ def tiny_facts(model_type: str = "llama", **changes: Any) -> Facts:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Decoder]:
-    """Builds a tiny random decoder: ``tiny("llama", seed=0, vocab_size=61, ...)``."""
+    """Builds a tiny random decoder: ``tiny("llama", seed=0, vocab_size=61, ...)``.
+
+    ``weights`` is a choice of that slot, in which its matrices are held.
+    """
     import importlib
 
     made: dict[str, Decoder] = {}
 
     def make(
-        model_type: str = "llama", seed: int = 0, scale: float = 0.25, **changes: Any
+        model_type: str = "llama",
+        seed: int = 0,
+        scale: float = 0.25,
+        weights: str = "checkpoint",
+        **changes: Any,
     ) -> Decoder:
-        key = repr((model_type, seed, scale, sorted(changes.items())))
+        key = repr((model_type, seed, scale, weights, sorted(changes.items())))
         if key not in made:
             module = importlib.import_module(f"hasten.models.{model_type}")
             config = module.configure(tiny_facts(model_type, **changes), torch.float32)
-            model = module.Model(config, RandomWeights(seed, scale))
+            format = Stack.parse({"weights": weights})["weights"]
+            model = module.Model(config, RandomWeights(seed, scale, format))
             model.sampling_defaults = {"temperature": 0.0}
             made[key] = model
         return made[key]

@@ -18,10 +18,11 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from hasten.methods import cards
 from hasten.models.base import Decoder
+from hasten.stack import Stack
 from tests.engine.world import World, params_of, prompt_of
 
 MODELS = {
-    "llama": {},
+    "llama": {"intermediate_size": 64},  # whole groups of 4-bit weights
     "mistral": {"sliding_window": 20},
     "gemma2": {
         "sliding_window": 12,
@@ -79,6 +80,9 @@ MACHINES = [  # (architecture, stack, 1 / share of the examples)
     ("qwen3_moe", "", 4),
     ("phi3", "", 4),
     ("deepseek_v2", "", 2),  # pages without values
+    ("llama", "weights=int8", 2),
+    ("llama", "weights=int4", 2),
+    ("qwen3_moe", "weights=int8", 4),
 ]
 
 SOAKED = [
@@ -98,7 +102,16 @@ STACKS = [
     "draft=prompt-lookup(k=3,max_ngram=2),codec=native(dtype=bfloat16)",
     "draft=prompt-lookup,select=sink-window(sinks=2,window=19),schedule=stall-free(chunk=5)",
     "draft=prompt-lookup,control=fixed(k=2),weights=checkpoint(dtype=float32)",
+    "draft=prompt-lookup,weights=int8,codec=int8",
+    "draft=prompt-lookup,weights=int4(asymmetric=true,head=int4)",
 ]
+
+
+def built(tiny: Callable[..., Decoder], architecture: str, choices: str) -> Decoder:
+    """A tiny model of `MODELS` with its matrices as the stack has them."""
+    weights = Stack({"weights": Stack.parse(choices)["weights"]})
+    text = str(weights).partition("=")[2] or "checkpoint"
+    return tiny(architecture, weights=text, **MODELS[architecture])
 
 
 def machine(model: Decoder, choices: str, seen: Counter[str]) -> type[RuleBasedStateMachine]:
@@ -149,7 +162,7 @@ def machine(model: Decoder, choices: str, seen: Counter[str]) -> type[RuleBasedS
 def test_every_request_gives_what_it_gives_alone(
     tiny: Callable[..., Decoder], architecture: str, choices: str, share: int
 ) -> None:
-    model = tiny(architecture, **MODELS[architecture])
+    model = built(tiny, architecture, choices)
     examples = -(-int(os.environ.get("HASTEN_EXAMPLES", "12")) // share)
     seen: Counter[str] = Counter()
     run_state_machine_as_test(
@@ -173,7 +186,7 @@ def test_the_examples_saw_everything() -> None:
 @pytest.mark.parametrize("choices", STACKS)
 def test_every_method_under_load(tiny: Callable[..., Decoder], choices: str) -> None:
     """Each registered method as it is, not scripted: a tiny pool, forks, aborts, prefix hits."""
-    model = tiny("llama")
+    model = built(tiny, "llama", choices)
     rng = random.Random(choices)
     world = World(model, drafts=None, choices=choices, blocks=9)
     added = 0
@@ -194,7 +207,7 @@ def test_every_method_under_load(tiny: Callable[..., Decoder], choices: str) -> 
 def test_soak(tiny: Callable[..., Decoder], architecture: str, choices: str) -> None:
     """Thousands of requests through one engine: nothing may accumulate."""
     total = int(os.environ.get("HASTEN_SOAK_REQUESTS", "10000")) // len(SOAKED)
-    model = tiny(architecture, **MODELS[architecture])
+    model = built(tiny, architecture, choices)
     vocab = model.config.vocab_size
     rng = random.Random(f"soak {architecture}")
     world = World(model, choices=choices, blocks=9, max_sequences=6, budget=32)
