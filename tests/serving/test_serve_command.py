@@ -40,7 +40,7 @@ def command(tmp_path: Path) -> Iterator[Command]:
     started = Command(
         tmp_path,
         "--max-length",
-        "512",
+        "4096",
         "--max-queued-requests",
         "512",
         "--request-log",
@@ -151,8 +151,8 @@ def test_death_and_hang_of_the_engine(command: Command) -> None:
         async with httpx.AsyncClient(
             base_url=command.url, headers=dict(command.http.headers), timeout=60
         ) as client:
-            body: dict[str, Any] = {"prompt": "x", "max_tokens": 400, "ignore_eos": True}
-            streamed = [asyncio.create_task(stream(client, 400)) for _ in range(2)]
+            body: dict[str, Any] = {"prompt": "x", "max_tokens": 3500, "ignore_eos": True}
+            streamed = [asyncio.create_task(stream(client, 3500)) for _ in range(2)]
             whole = asyncio.create_task(client.post("/v1/completions", json=body))
             await asyncio.sleep(0.5)
             os.kill(engine, signal.SIGKILL)
