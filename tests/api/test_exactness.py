@@ -40,7 +40,7 @@ def expected(loaded: LLM) -> list[list[int]]:
 def test_drafts_change_nothing(expected: list[list[int]], reuse: bool) -> None:
     llm = LLM(stack="draft=prompt-lookup", prefix_reuse=reuse, **SIZES)
     assert together(llm) == expected
-    assert llm.stats.accepted > 20
+    assert llm.stats.speculation.accepted > 20
     assert (llm.engine.cache.stats.prefix_hits > 5) == reuse
     which = slice(0 if reuse else 1, None, 4)
     assert one_by_one(llm, which) == expected[which]

@@ -376,11 +376,11 @@ def test_figures_on_a_virtual_clock(tiny: Make) -> None:
     one, two = (r.sequences[0].figures for r in (first, second))
     assert (one.arrived, one.scheduled, two.arrived) == (100.0, 101.0, 101.0)
     assert one.token_times == [102.5, 103.0, 103.5] and one.ttft == 2.5  # 45 tokens: 3 steps
-    assert (one.steps, one.cached_tokens, one.preemptions) == (3, 0, 0)
+    assert (one.speculation.passes, one.cached_tokens, one.preemptions) == (3, 0, 0)
     assert two.scheduled == 103.5 and two.cached_tokens == 32
     assert two.token_times == [104.0, 104.5, 105.0]
     stats = engine.stats
-    assert (stats.steps, stats.tokens, stats.passes, stats.finished) == (8, 6, 6, 2)
+    assert (stats.steps, stats.tokens, stats.speculation.passes, stats.finished) == (8, 6, 6, 2)
     assert stats.rows == 45 + 2 + 13 + 2 and stats.step_seconds == 4.0
     page = engine.cache.layout.block_bytes()
     assert stats.decode_steps == 4 and stats.decode_kv_bytes == 2 * (46 + 47) * page // 16
@@ -406,18 +406,17 @@ ALPHA = 1e-4 / 9  # three checks in each of three runs
 class AcceptFirst:
     """Planted bias: the first candidate becomes output whatever the target says."""
 
-    def verify(self, tree: Any, choose: Any, ends: Any) -> tuple[list[int], list[int]]:
-        children = tree.children(0)
-        if not children:
-            y = choose(0)
-            ends(y)
-            return [0], [y]
-        first = tree.token[children[0]]
-        if ends(first):
-            return [0], [first]
-        y = choose(children[0])
-        ends(y)
-        return [0, children[0]], [first, y]
+    def refuses(self, params: SamplingParams) -> str | None:
+        return None
+
+    def verify(self, tree: Any, walk: Any) -> list[int]:
+        path = [0]
+        if children := tree.children(0):
+            path.append(children[0])
+            if walk.emit(0, tree.token[children[0]]):
+                return path
+        walk.emit(path[-1], walk.choose(path[-1]))
+        return path
 
 
 AcceptFirst.card = Card(  # type: ignore[attr-defined]
@@ -448,10 +447,10 @@ def sample(
         for index in range(128):
             first, second, *_ = output(request, index)
             counts[first, second] += 1
-    assert engine.stats.drafted > samples / 4 if drafts else engine.stats.drafted == 0
-    assert (engine.stats.drafts > 0) == (engine.stats.drafted > 0)
-    assert engine.stats.drafts <= engine.stats.drafted
-    assert engine.stats.drafts <= engine.stats.passes
+    found = engine.stats.speculation
+    assert found.drafted > samples / 4 if drafts else found.drafted == 0
+    assert (found.drafts > 0) == (found.drafted > 0)
+    assert found.drafts <= found.drafted and found.drafts <= found.passes
     return counts
 
 

@@ -150,7 +150,7 @@ def machine(model: Decoder, choices: str, seen: Counter[str]) -> type[RuleBasedS
             self.world.drain()
             stats = self.world.engine.stats
             seen["preemptions"] += stats.preemptions
-            seen["accepted drafts"] += stats.accepted
+            seen["accepted drafts"] += stats.speculation.accepted
             seen["recorded steps"] += stats.recorded_steps
             seen["prefix hits"] += self.world.engine.cache.stats.prefix_hits
             seen["checked"] += self.world.checked
@@ -223,4 +223,8 @@ def test_soak(tiny: Callable[..., Decoder], architecture: str, choices: str) -> 
     world.drain()
     stats = world.engine.stats
     print(f"{architecture} {choices}: {world.checked} sequences checked, {stats}")
-    assert stats.preemptions > 0 and stats.accepted > 0 and world.engine.cache.stats.prefix_hits > 0
+    assert (
+        stats.preemptions > 0
+        and stats.speculation.accepted > 0
+        and world.engine.cache.stats.prefix_hits > 0
+    )

@@ -31,7 +31,7 @@ def passes(model: Decoder, kind: str, requests: int = 6, **params: object) -> li
     world.drain()
     assert world.checked == requests
     figures = [s.figures for r in world.requests.values() for s in r.sequences]
-    return [COUNT / f.steps for f in figures]
+    return [COUNT / f.speculation.passes for f in figures]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

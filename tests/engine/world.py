@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from hasten.engine.engine import Engine, EngineConfig
 from hasten.engine.request import Request, Sequence
 from hasten.methods import Card
 from hasten.models.base import Decoder
+from hasten.speculation.base import Outcome as Observed
+from hasten.speculation.base import StatelessDrafting
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 
@@ -19,7 +22,7 @@ Outcome = list[tuple[list[int], Any, str]]
 
 
 @dataclass(frozen=True)
-class Scripted:
+class Scripted(StatelessDrafting):
     """Drafts by script: the true continuation, wrong tokens, random ones, or branching mixtures.
 
     ``truth`` is filled with what each request gives alone, so that a draft can be right.
@@ -29,9 +32,6 @@ class Scripted:
     vocab: int
     truth: dict[str, Outcome] = field(default_factory=dict)
     rng: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def open(self) -> None:
-        return None
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[TokenTree]:
         return [self._tree(s, b) for s, b in zip(sequences, budgets, strict=True)]
@@ -75,11 +75,13 @@ class Scripted:
     def _any(self) -> int:
         return self.rng.randrange(self.vocab)
 
-    def observe(self, sequence: Any, tree: Any, path: Any, y: int) -> None:
-        assert list(path) == sorted(path) and sequence.tokens[-1] == y
-
-    def rollback(self, sequence: Any, length: int) -> None:
-        pass
+    def observe(self, outcomes: Iterable[Observed]) -> None:
+        for seen in outcomes:
+            tokens = seen.sequence.tokens
+            assert seen.path == sorted(seen.path) and len(seen.logits) == len(seen.tree)
+            assert tokens[seen.start :] == [seen.tree.token[0], *seen.tokens]
+            accepted = [seen.tree.token[node] for node in seen.path[1:]]
+            assert seen.tokens[: len(accepted)] == accepted
 
 
 Scripted.card = Card(  # type: ignore[attr-defined]  # unregistered: this is no method for users

@@ -46,10 +46,11 @@ def line_of_figures(llm: LLM, ttfts: Sequence[float] = (), seconds: float | None
             f"({achieved / 1e9:.1f} of {achievable / 1e9:.1f} GB/s, "
             f"{llm.engine.model.weight_bytes / 1e6:.0f} MB of weights)"
         )
-    if stats.drafted:
+    drafts = stats.speculation
+    if drafts.drafted:
         parts.append(
-            f"{stats.accepted} of {stats.drafted} drafted tokens accepted, "
-            f"{stats.tokens / stats.passes:.2f} tokens a pass"
+            f"{drafts.accepted} of {drafts.drafted} drafted tokens accepted, "
+            f"{drafts.tau:.2f} tokens a pass"
         )
     if stats.preemptions:
         parts.append(f"{stats.preemptions} preemptions")

@@ -104,6 +104,7 @@ class Frontend:
                 prefix_reuse=prefix_reuse,
                 model_id=str(self.folder),
             ),
+            tokenizer=self.tokenizer,
         )
         self._entries: dict[str, _Entry] = {}
 

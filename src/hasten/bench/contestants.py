@@ -68,7 +68,8 @@ class HastenContestant:
         self.front.engine.cache.forget_prefixes()
         stats = self.front.engine.stats
         step, forward = stats.step_seconds, stats.forward_seconds
-        accepted, passes = stats.accepted, stats.passes
+        drafts = stats.speculation
+        accepted, passes = drafts.accepted, drafts.passes
         began = time.perf_counter()
         run = Run(0.0, {})
         for event in ItemRunner(self.front, params).run(items):
@@ -82,7 +83,7 @@ class HastenContestant:
             for result in event.progress.results:
                 _note_times(run, result.outputs[0].figures)
         run.seconds = time.perf_counter() - began
-        run.accepted, run.passes = stats.accepted - accepted, stats.passes - passes
+        run.accepted, run.passes = drafts.accepted - accepted, drafts.passes - passes
         spent = stats.step_seconds - step
         run.outside = 1 - (stats.forward_seconds - forward) / spent if spent else None
         return run

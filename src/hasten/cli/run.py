@@ -189,9 +189,9 @@ def _row(progress: Progress, key: str) -> dict[str, Any]:
             {
                 "ttft": c.figures.ttft,
                 "tokens": len(c.token_ids),
-                "passes": c.figures.steps,
-                "drafted": c.figures.drafted,
-                "accepted": c.figures.accepted,
+                "passes": c.figures.speculation.passes,
+                "drafted": c.figures.speculation.drafted,
+                "accepted": c.figures.speculation.accepted,
                 "cached_tokens": c.figures.cached_tokens,
                 "preemptions": c.figures.preemptions,
             }

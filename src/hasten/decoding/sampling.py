@@ -11,6 +11,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -26,11 +27,44 @@ class NoTokenLeft(ValueError):
     """Bias, allowed tokens and bans leave nothing to choose (or the logits are not numbers)."""
 
 
-def uniform(seed: int, stream: int, position: int) -> float:
+class Number(IntEnum):
+    """What a random number is for. Numbers of different purposes are independent."""
+
+    CHOICE = 0
+    VERIFY = 1
+    GUMBEL = 2
+    DRAFT = 3
+
+
+def uniform(
+    seed: int, stream: int, position: int, purpose: Number = Number.CHOICE, index: int = 0
+) -> float:
     """A number in [0, 1) that belongs to one place of one sequence: counter-based, stateless."""
-    packed = struct.pack("<QQQ", seed & (2**64 - 1), stream, position)
-    bits = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+    bits = int.from_bytes(_digest(seed, stream, position, purpose, index, 8), "little")
     return (bits >> 11) * 2.0**-53
+
+
+def generator(
+    seed: int, stream: int, position: int, purpose: Number, index: int = 0
+) -> np.random.Generator:
+    """A source of many numbers that belong to one place of one sequence (Philox counters)."""
+    key = _digest(seed, stream, position, purpose, index, 16)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
+def _digest(seed: int, stream: int, position: int, purpose: Number, index: int, size: int) -> bytes:
+    packed = struct.pack("<QQQ", seed & (2**64 - 1), stream, position)
+    if purpose is not Number.CHOICE:
+        packed += struct.pack("<QQ", purpose, index)
+    return hashlib.blake2b(packed, digest_size=size).digest()
+
+
+def gumbel(numbers: np.random.Generator, size: int) -> NDArray[np.float64]:
+    """Standard Gumbel noise float64 [size]."""
+    # 1 - u is in (0, 1], and the smallest positive number keeps the outer logarithm finite
+    inner = -np.log(1.0 - numbers.random(size))
+    noise: NDArray[np.float64] = -np.log(np.maximum(inner, np.finfo(np.float64).tiny))
+    return noise
 
 
 def descending(values: Row) -> NDArray[np.int64]:
@@ -234,11 +268,21 @@ class Sampler:
         """The token at ``position``, given the logits of the position before it."""
         row = self.process(logits)
         if self.greedy:
-            best = int(np.argmax(row))  # NaN counts as the largest
-            if not row[best] > -np.inf:
-                raise NoTokenLeft(f"the largest logit is {row[best]}")
-            return best
+            return self._best(row)
         return draw(row, self.params, uniform(self.seed, self.stream, position))
+
+    def law(self, logits: Row) -> NDArray[np.float64]:
+        """The distribution of the next token, by id; all on one token where decoding is greedy."""
+        row = self.process(logits)
+        if not self.greedy:
+            return distribution(row, self.params).dense(len(row))
+        law = np.zeros(len(row))
+        law[self._best(row)] = 1.0
+        return law
+
+    def gumbel(self, position: int, vocab: int) -> NDArray[np.float64]:
+        """Noise that belongs to a position, one number a token."""
+        return gumbel(generator(self.seed, self.stream, position, Number.GUMBEL), vocab)
 
     def process(self, logits: Row) -> Row:
         """Bias, penalties and bans for the next token; the input is left as it is."""
@@ -268,6 +312,13 @@ class Sampler:
                 "together ban the whole vocabulary"
             )
         return row
+
+    @staticmethod
+    def _best(row: Row) -> int:
+        best = int(np.argmax(row))  # NaN counts as the largest
+        if not row[best] > -np.inf:
+            raise NoTokenLeft(f"the largest logit is {row[best]}")
+        return best
 
     def _tail(self, length: int) -> list[int]:
         if len(self._output) >= length:

@@ -145,3 +145,19 @@ class Batch:
             segment_wanted=np.array(segment_wanted, np.int32),
             tables=tables,
         )
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        """The batch of some rows, ascending, for a pass of some layers: none is wanted."""
+        return Batch(
+            tokens=self.tokens[rows],
+            positions=self.positions[rows],
+            slots=self.slots[rows],
+            table_row=self.table_row[rows],
+            base=self.base[rows],
+            mask=self.mask[rows],
+            wanted=np.empty(0, np.int64),
+            embedded=np.empty(0, np.int64),
+            segment_rows=np.array([0, len(rows)], np.int32),
+            segment_wanted=np.zeros(2, np.int32),
+            tables=self.tables,
+        )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hasten.cache.layout import PAGE_SIZE, KVStorage
 from hasten.engine.batch import Batch
-from hasten.engine.executor import Moves, Output, Runner
+from hasten.engine.executor import Begun, Moves, Output, Runner
 from hasten.kernels.logits import row_max_lse
 from hasten.kernels.pages import copy_pages, move_slots
 from hasten.kernels.rows import take_rows
@@ -141,7 +141,11 @@ class DeviceRunner(Runner):
         self._steps: OrderedDict[tuple[int, int], _Step | None] = OrderedDict()
         self._pool: Any = None
 
-    def run(self, batch: Batch, capture: Collection[int] = ()) -> Output:
+    def run(
+        self, batch: Batch, capture: Collection[int] = (), begun: Sequence[Begun] = ()
+    ) -> Output:
+        if begun:
+            raise NotImplementedError("self-speculation runs on the CPU only")
         start = time.perf_counter()
         self._check(batch)
         plain = not (capture or len(batch.embedded) or batch.mask.shape[1])

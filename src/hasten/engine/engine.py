@@ -12,7 +12,7 @@ import logging
 import secrets
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +21,35 @@ from hasten.cache.layout import PAGE_SIZE, KVStorage
 from hasten.cache.manager import CacheManager, Stream
 from hasten.cache.prefix import root_key
 from hasten.decoding.params import SamplingParams
-from hasten.decoding.sampling import NoTokenLeft, Sampler, top_logprobs
+from hasten.decoding.sampling import NoTokenLeft, Sampler
 from hasten.decoding.text import TextStream
 from hasten.engine.batch import Batch, Segment
 from hasten.engine.clock import Clock, WallClock
 from hasten.engine.cuda_graph import DeviceRunner
-from hasten.engine.executor import Executor, InlineExecutor, Moves, Output, Runner
+from hasten.engine.executor import Begun, Executor, InlineExecutor, Moves, Output, Runner
 from hasten.engine.profile import Profile
-from hasten.engine.request import Delta, Figures, FinishReason, Logprobs, Request, Sequence
+from hasten.engine.request import Delta, Figures, Request, Sequence
+from hasten.engine.walk import Rows, SequenceWalk
 from hasten.models.base import Decoder
+from hasten.models.tokenizer import Tokenizer
 from hasten.scheduling.base import Plan
-from hasten.speculation.base import Load
+from hasten.speculation.base import (
+    ControlContext,
+    Controlling,
+    DraftContext,
+    Drafting,
+    Load,
+    Outcome,
+    StepReport,
+)
+from hasten.speculation.statistics import DraftStatistics
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 
 logger = logging.getLogger(__name__)
+
+_PLAIN = TokenTree.root(0)
+"""What is verified where nothing was drafted; a root's token is never looked at."""
 
 HEAL_EVERY = 4096
 """Steps between two looks at the page ledger of a busy engine; an idle one is checked at once."""
@@ -85,9 +99,7 @@ class EngineStats:
     recorded_steps: int = 0
     """Steps whose forward pass was one native call."""
     rows: int = 0
-    tokens: int = 0
-    passes: int = 0
-    """Times a sequence was extended: tokens / passes is the block efficiency (tau)."""
+    speculation: DraftStatistics = field(default_factory=DraftStatistics)
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
     decode_steps: int = 0
@@ -96,12 +108,15 @@ class EngineStats:
     """Forward time of the decode steps."""
     decode_kv_bytes: int = 0
     """Bytes of keys and values that the decode steps read; windows read no more than themselves."""
-    drafts: int = 0
-    """Times a sequence had candidates to verify."""
-    drafted: int = 0
-    accepted: int = 0
+    draft_seconds: float = 0.0
+    """Proposing candidates and learning from what became of them."""
     preemptions: int = 0
     finished: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that became output."""
+        return self.speculation.tokens
 
 
 class Engine:
@@ -113,7 +128,14 @@ class Engine:
         stack: Stack,
         config: EngineConfig | None = None,
         clock: Clock | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        """``tokenizer`` is for methods that compare vocabularies or read texts; the engine itself
+        runs on token ids.
+
+        Raises:
+            MethodError: the stack cannot run on this model.
+        """
         self.config = config or EngineConfig()
         self.stack = stack
         self.clock = clock or WallClock()
@@ -151,7 +173,29 @@ class Engine:
         self.profile: Profile | None = None
         """Set it to have the native operations of each step counted (``profiling``)."""
         self._arrivals = 0
-        self._drafting = "proposes-tokens" in stack["draft"].card.does
+        self._drafts = "proposes-tokens" in stack["draft"].card.does
+        self.control: Controlling = stack["control"].start(
+            ControlContext(
+                draft=stack["draft"],
+                drafting=lambda: self.drafting,
+                max_batch_tokens=self.config.max_batch_tokens,
+            )
+        )
+        self.drafting: Drafting = stack["draft"].start(
+            DraftContext(
+                model=model,
+                runner=self.runner,
+                executor=self.executor,
+                cache=self.cache,
+                tokenizer=tokenizer,
+                max_sequences=self.config.max_sequences,
+                max_batch_tokens=self.config.max_batch_tokens,
+                max_length=self.max_length,
+                kv_bytes=self.config.kv_bytes,
+                prefix_reuse=self.config.prefix_reuse,
+                should_stop=self.control.should_stop,
+            )
+        )
         # only what changes stored values or who may read them belongs into a prefix key
         self._cache_identity = str(stack.baseline())
 
@@ -210,7 +254,15 @@ class Engine:
             vocab = self.model.config.vocab_size
             eos = frozenset(t for t in self.model.config.eos_ids if 0 <= t < vocab)
         request = Request(
-            request_id, self._arrivals, prompt, params, limit, eos, priority, embed=embed
+            request_id,
+            self._arrivals,
+            prompt,
+            params,
+            limit,
+            eos,
+            priority,
+            embed=embed,
+            tenant=tenant,
         )
         self._arrivals += 1
         if params.prompt_logprobs is not None:
@@ -222,18 +274,17 @@ class Engine:
         now = self.clock.now()
         for index in range(params.n):
             tokens = list(prompt)
-            request.sequences.append(
-                Sequence(
-                    request=request,
-                    index=index,
-                    tokens=tokens,
-                    stream=Stream(tokens, root),
-                    sampler=Sampler(params, prompt, eos, seed, index, bad_words),
-                    figures=Figures(now),
-                    text=texts[index] if texts else None,
-                    draft_state=self.stack["draft"].open(),
-                )
+            sequence = Sequence(
+                request=request,
+                index=index,
+                tokens=tokens,
+                stream=Stream(tokens, root),
+                sampler=Sampler(params, prompt, eos, seed, index, bad_words),
+                figures=Figures(now),
+                text=texts[index] if texts else None,
             )
+            sequence.draft_state = self.drafting.open(sequence)
+            request.sequences.append(sequence)
         first, *request.dormant = request.sequences
         self.requests[request_id] = request
         insort(self.waiting, first, key=_rank)
@@ -284,6 +335,8 @@ class Engine:
             raise RequestRefused("bad_words holds an empty entry")
         if params.stop and len(texts) != params.n:
             raise RequestRefused("stop strings need a tokenizer")
+        if refusal := self.stack["verify"].refuses(params):
+            raise RequestRefused(refusal)
 
     # ---- one step ---------------------------------------------------------------------------
 
@@ -297,17 +350,28 @@ class Engine:
                 self._heal()
             return []
         try:
-            trees = self._draft(plan)
-            batch = self._build(plan, trees)
-            output = self.executor.submit(batch, self.cache.take_copies()).result()
-            deltas = self._verify_and_commit(plan, trees, batch, output)
+            load, trees = self._draft(plan)
+            drafted = self.clock.now()
+            batch, begun = self._build(plan, trees)
+            output = self.executor.submit(
+                batch, self.cache.take_copies(), self.drafting.capture, begun
+            ).result()
+            computed = self.clock.now()
+            deltas, outcomes = self._verify_and_commit(plan, trees, batch, output)
+            verified = self.clock.now()
+            self.drafting.observe(outcomes)
         except Exception as error:
             logger.exception("a step failed; its sequences end with an error")
             return self._fail(plan, error)
+        draft_seconds = drafted - began + self.clock.now() - verified
+        for delta in deltas:
+            if delta.sequence.finish_reason is not None:
+                self._retire(delta.sequence)
         self.stats.steps += 1
         self.stats.rows += batch.num_rows
         self.stats.recorded_steps += output.recorded
         self.stats.forward_seconds += output.seconds
+        self.stats.draft_seconds += draft_seconds
         decode, kv_bytes = plan.rows == len(plan.grants), 0
         if decode:
             kv_bytes = self._kv_bytes(batch.base[batch.segment_rows[1:] - 1])
@@ -322,7 +386,21 @@ class Engine:
                 rows=batch.num_rows,
                 kv_bytes=kv_bytes,
             )
-        self.stats.step_seconds += self.clock.now() - began
+        seconds = self.clock.now() - began
+        self.stats.step_seconds += seconds
+        if self._drafts:
+            self.control.observe(
+                StepReport(
+                    load=load,
+                    rows=batch.num_rows,
+                    candidates=sum(len(tree) - 1 for tree in trees.values()),
+                    draft_seconds=draft_seconds,
+                    forward_seconds=output.seconds,
+                    verify_seconds=verified - computed,
+                    step_seconds=seconds,
+                    outcomes=outcomes,
+                )
+            )
         if not self.running or self.stats.steps % HEAL_EVERY == 0:
             self._heal()
         return deltas
@@ -345,6 +423,7 @@ class Engine:
         for sequence in plan.preempted:
             _take_out(self.running, sequence)
             insort(self.waiting, sequence, key=_rank)
+            self.drafting.close(sequence)
             sequence.figures.preemptions += 1
             self.stats.preemptions += 1
         for sequence in plan.admitted:
@@ -356,10 +435,8 @@ class Engine:
                 figures.cached_tokens = sequence.stream.computed
         return plan
 
-    def _draft(self, plan: Plan) -> dict[int, TokenTree]:
-        """Trees with candidates, by index of the grant."""
-        if not self._drafting:
-            return {}
+    def _draft(self, plan: Plan) -> tuple[Load, dict[int, TokenTree]]:
+        """The load, and trees with candidates by index of the grant."""
         places = [
             (i, g.sequence)
             for i, g in enumerate(plan.grants)
@@ -367,15 +444,27 @@ class Engine:
         ]
         sequences = [sequence for _, sequence in places]
         left = self.config.max_batch_tokens - plan.rows
-        load = Load(decoding=len(sequences), rows_taken=plan.rows, rows_left=left)
-        budgets = self.stack["control"].plan(sequences, load)
+        load = Load(
+            decoding=len(sequences),
+            rows_taken=plan.rows,
+            rows_left=left,
+            waiting=len(self.waiting),
+            context=sum(len(s.tokens) for s in sequences) if self._drafts else 0,
+        )
+        trees: dict[int, TokenTree] = {}
+        if not self._drafts or not sequences:
+            return load, trees
+        budgets = self.control.plan(sequences, load)
         # the last token that may be generated is never a root, so drafts stop one before it
         budgets = [
             max(0, min(budget, s.request.limit - len(s.tokens) - 1))
             for budget, s in zip(budgets, sequences, strict=True)
         ]
-        proposed = self.stack["draft"].propose(sequences, budgets)
-        trees = {}
+        if sum(budgets) > left:
+            raise AssertionError(f"budgets {budgets} exceed the {left} rows that are left")
+        if not any(budgets):
+            return load, trees
+        proposed = self.drafting.propose(sequences, budgets)
         for (i, sequence), budget, tree in zip(places, budgets, proposed, strict=True):
             candidates = len(tree) - 1
             if candidates > budget or tree.token[0] != sequence.tokens[-1]:
@@ -387,10 +476,10 @@ class Engine:
                 sequence.stream, len(sequence.tokens) + candidates
             ):
                 trees[i] = tree
-        return trees
+        return load, trees
 
-    def _build(self, plan: Plan, trees: dict[int, TokenTree]) -> Batch:
-        segments = []
+    def _build(self, plan: Plan, trees: dict[int, TokenTree]) -> tuple[Batch, list[Begun]]:
+        segments, begun, row = [], [], 0
         for i, grant in enumerate(plan.grants):
             sequence, stream = grant.sequence, grant.sequence.stream
             start = stream.computed
@@ -401,35 +490,56 @@ class Engine:
             else:
                 # a prefix hit leaves at least the last token, so its row is always computed
                 wanted = "embedding" if sequence.request.embed else "last"
-            tokens = sequence.tokens[start : start + grant.rows]
-            segments.append(Segment(stream.table_row, start, tokens, trees.get(i), wanted))
-        return Batch.build(segments, self.cache.tables)
+            tokens, tree = sequence.tokens[start : start + grant.rows], trees.get(i)
+            if tree is not None and tree.hidden is not None:
+                begun.append(Begun(row + grant.rows - 1, tree.layers, tree.hidden))
+            segments.append(Segment(stream.table_row, start, tokens, tree, wanted))
+            row += segments[-1].num_rows
+        return Batch.build(segments, self.cache.tables), begun
 
     def _verify_and_commit(
         self, plan: Plan, trees: dict[int, TokenTree], batch: Batch, output: Output
-    ) -> list[Delta]:
+    ) -> tuple[list[Delta], list[Outcome]]:
         lse = output.lse.numpy()
         finite = bool(np.isfinite(lse).all())
-        rows = _Rows(output.logits.numpy(), output.best.tolist(), lse, finite)
+        rows = Rows(output.logits.numpy(), output.best.tolist(), lse, finite)
         ends_at = batch.segment_wanted.tolist()
         embeddings = iter(output.embeddings.tolist())
         moves = Moves([], [], [])
         extended: list[tuple[Delta, int, int]] = []  # with positions computed, row of the root
+        outcomes: list[Outcome] = []
         for i, grant in enumerate(plan.grants):
             sequence = grant.sequence
             stream = sequence.stream
             if sequence.request.prompt_logprobs is not None:
-                _score_prompt(sequence, stream.computed, grant.rows, rows, ends_at[i])
+                rows.score_prompt(sequence, stream.computed, grant.rows, ends_at[i])
             if not grant.reaches_end:
                 self.cache.commit(stream, stream.computed + grant.rows)
                 continue
             tree = trees.get(i)
-            root_row = ends_at[i + 1] - (1 if tree is None else len(tree))
+            nodes = 1 if tree is None else len(tree)
+            root_row = ends_at[i + 1] - nodes
             known = len(sequence.tokens)
             path, delta = self._extend(sequence, tree, root_row, rows)
             if sequence.request.embed:
                 delta.embedding = next(embeddings)
             extended.append((delta, known + len(path) - 1, root_row))
+            if self._drafts and delta.tokens:
+                last = int(batch.segment_rows[i + 1])
+                outcomes.append(
+                    Outcome(
+                        sequence=sequence,
+                        start=known - 1,
+                        tree=tree or TokenTree.root(sequence.tokens[known - 1]),
+                        path=path,
+                        tokens=delta.tokens,
+                        logits=rows.logits[root_row : root_row + nodes],
+                        hidden={
+                            layer: hidden[last - nodes : last]
+                            for layer, hidden in output.hidden.items()
+                        },
+                    )
+                )
             for to, node in enumerate(path):
                 if node != to:
                     moves.table_row.append(stream.table_row)
@@ -446,85 +556,36 @@ class Engine:
                 deltas.extend(self._wake(sequence, root_row, rows))
         now = self.clock.now()
         for delta in deltas:
-            sequence = delta.sequence
-            sequence.figures.token_times.extend([now] * len(delta.tokens))
-            if delta.tokens:
-                sequence.figures.steps += 1
-                self.stats.passes += 1
-            self.stats.tokens += len(delta.tokens)
-            if sequence.finish_reason is not None:
-                self._retire(sequence)
-        return deltas
+            delta.sequence.figures.token_times.extend([now] * len(delta.tokens))
+        return deltas, outcomes
 
     def _extend(
-        self, sequence: Sequence, tree: TokenTree | None, root_row: int, rows: _Rows
+        self, sequence: Sequence, tree: TokenTree | None, root_row: int, rows: Rows
     ) -> tuple[list[int], Delta]:
         """Choose what follows a sequence. Returns the accepted nodes and what became output."""
-        request, sampler = sequence.request, sequence.sampler
-        params = request.params
-        delta = Delta(sequence, [])
-        if params.logprobs is not None:
-            delta.logprobs = []
-        if len(sequence.tokens) >= request.limit:  # nothing was to be generated
+        walk = SequenceWalk(sequence, root_row, rows)
+        delta = walk.delta
+        if len(sequence.tokens) >= sequence.request.limit:  # nothing was to be generated
             sequence.finish_reason = "length"
             return [0], delta
-
-        def choose(node: int) -> int:
-            row = root_row + node
-            if not sampler.plain:
-                token = sampler.choose(rows.logits[row], len(sequence.tokens))
-            elif rows.finite or np.isfinite(rows.lse[row]):
-                token = rows.best[row]
-            else:
-                raise NoTokenLeft("the model's logits are not numbers")
-            if delta.logprobs is not None:
-                delta.logprobs.append(rows.logprobs(row, token, params.logprobs or 0))
-            return token
-
-        def ends(token: int) -> bool:
-            sequence.tokens.append(token)
-            sampler.push(token)
-            delta.tokens.append(token)
-            sequence.finish_reason = self._why_finished(sequence, token, delta)
-            return sequence.finish_reason is not None
-
         try:
-            if tree is None:
-                ends(choose(0))
-                return [0], delta
-            path, _ = self.stack["verify"].verify(tree, choose, ends)
+            path: list[int] = self.stack["verify"].verify(tree or _PLAIN, walk)
         except NoTokenLeft as error:
             sequence.finish_reason, sequence.error = "error", str(error)
             return [0], delta
         except Exception as error:  # one sequence's trouble stays its own
-            logger.exception("request %s failed while a token was chosen", request.id)
+            logger.exception("request %s failed while a token was chosen", sequence.request.id)
             sequence.finish_reason = "error"
             sequence.error = f"{type(error).__name__}: {error}"
             return [0], delta
-        accepted = len(path) - 1
-        self.stack["draft"].observe(sequence, tree, path, delta.tokens[-1])
-        sequence.figures.drafted += len(tree) - 1
-        sequence.figures.accepted += accepted
-        self.stats.drafts += len(tree) > 1
-        self.stats.drafted += len(tree) - 1
-        self.stats.accepted += accepted
+        for statistics in (sequence.figures.speculation, self.stats.speculation):
+            if tree is None:
+                statistics.plain(len(delta.tokens))
+            else:
+                statistics.count(tree, path, len(delta.tokens))
         return path, delta
 
-    def _why_finished(self, sequence: Sequence, token: int, delta: Delta) -> FinishReason | None:
-        """The end conditions, in order of precedence; follows the text where stops are given."""
-        request = sequence.request
-        if sequence.text is not None:  # also the text of a token that ends the sequence
-            search = sequence.num_output >= request.params.min_tokens
-            delta.text = (delta.text or "") + sequence.text.push((token,), search)
-        if token in request.eos or token in request.params.stop_token_ids:
-            return "stop"
-        if sequence.text is not None and sequence.text.stopped_by is not None:
-            return "stop"
-        if len(sequence.tokens) >= request.limit:
-            return "length"
-        return None
-
-    def _wake(self, parent: Sequence, root_row: int, rows: _Rows) -> list[Delta]:
+    def _wake(self, parent: Sequence, root_row: int, rows: Rows) -> list[Delta]:
         """Start the other sequences of a request whose prompt has just been computed."""
         deltas = []
         for twin in parent.request.dormant:
@@ -559,6 +620,8 @@ class Engine:
         self.cache.release(sequence.stream)
         if not _take_out(self.running, sequence):
             _take_out(self.waiting, sequence)  # or a twin that never ran: it is in neither
+        self.drafting.close(sequence)
+        self.control.close(sequence)
         sequence.draft_state = None
         self.stats.finished += 1
         if sequence.request.finished:
@@ -596,31 +659,3 @@ def _take_out(line: list[Sequence], sequence: Sequence) -> bool:
         return False
     del line[place]
     return True
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Logits of a step and what was computed from all rows at once."""
-
-    logits: NDArray[np.float32]
-    best: list[int]
-    lse: NDArray[np.float32]
-    finite: bool
-    """Whether the logits of all rows are numbers."""
-
-    def logprobs(self, row: int, token: int, k: int) -> Logprobs:
-        """Of one token and of the k likeliest, from the raw logits."""
-        logits, lse = self.logits[row], self.lse[row]
-        return float(logits[token] - lse), top_logprobs(logits, float(lse), k)
-
-
-def _score_prompt(sequence: Sequence, start: int, known: int, rows: _Rows, first: int) -> None:
-    """Fill in the log-probabilities of the prompt tokens that this step's rows predict."""
-    request = sequence.request
-    assert request.prompt_logprobs is not None
-    for offset in range(known):
-        predicted = start + offset + 1
-        if predicted < len(request.prompt):
-            request.prompt_logprobs[predicted] = rows.logprobs(
-                first + offset, request.prompt[predicted], request.params.prompt_logprobs or 0
-            )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from hasten.cache.layout import KVStorage
@@ -14,7 +17,7 @@ from hasten.engine.batch import Batch
 from hasten.engine.recording import Recorder
 from hasten.kernels.logits import row_max_lse
 from hasten.kernels.pages import copy_pages, move_slots
-from hasten.models.base import Decoder
+from hasten.models.base import Decoder, Hidden
 from hasten.models.paged import PagedKV
 
 
@@ -50,6 +53,21 @@ class Moves:
     dst: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Rows that ran through the first layers already (their keys and values are stored).
+
+    Attributes:
+        first: the first of consecutive rows of a batch.
+        layers: how many layers ran.
+        hidden: float32 [n, H], the residual stream after them.
+    """
+
+    first: int
+    layers: int
+    hidden: torch.Tensor
+
+
 class Handle(Protocol):
     """A submitted batch. Several may be in flight on an executor that overlaps."""
 
@@ -71,7 +89,20 @@ class Executor(Protocol):
         batch: Batch,
         copies: Sequence[tuple[int, int, int]] = (),
         capture: Collection[int] = (),
+        begun: Sequence[Begun] = (),
     ) -> Handle: ...
+
+    def run_layers(
+        self, batch: Batch, layers: range, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run some layers over the rows of a batch, which store their keys and values, and return
+        the residual stream float32 [R, H] after them. ``hidden`` is the stream before them, by
+        default the embedded tokens. Ordered like a submitted batch."""
+        ...
+
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy pages, (layer group, from, to); ordered like a submitted batch."""
+        ...
 
     def move(self, batch: Batch, moves: Moves) -> None:
         """Compact accepted tree rows; ordered after every submitted batch."""
@@ -88,20 +119,65 @@ class Runner:
         self.storage = storage
         self.recorder = Recorder(model, storage)
 
-    def run(self, batch: Batch, capture: Collection[int] = ()) -> Output:
+    def run(
+        self, batch: Batch, capture: Collection[int] = (), begun: Sequence[Begun] = ()
+    ) -> Output:
         start = time.perf_counter()
         recorder = self.recorder
-        if recorder and not capture and (found := recorder.run(batch)) is not None:
+        if recorder and not capture and not begun and (found := recorder.run(batch)) is not None:
             logits, best, lse = found.logits, found.best, found.lse
             seconds = time.perf_counter() - start
             return Output(logits, best, lse, logits[:0], {}, seconds, recorded=True)
-        kv = PagedKV(self.storage, batch)
-        out = self.model.forward(batch, kv, capture=capture)
+        if begun:
+            out = self._finish(batch, capture, begun)
+        else:
+            out = self.model.forward(batch, PagedKV(self.storage, batch), capture=capture)
         logits = self.model.logits(out, batch.wanted)
         best, _, lse = row_max_lse(logits)
         embeddings = self.model.embeddings(out, batch.embedded)
         seconds = time.perf_counter() - start
         return Output(logits, best, lse, embeddings, out.captured, seconds)
+
+    def run_layers(
+        self, batch: Batch, layers: range, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Executor.run_layers`."""
+        kv = PagedKV(self.storage, batch)
+        return self.model.forward(batch, kv, layers=layers, hidden=hidden).rows
+
+    def _finish(self, batch: Batch, capture: Collection[int], begun: Sequence[Begun]) -> Hidden:
+        """A forward pass that some rows join where they stopped.
+
+        A row computes the same whoever runs with it, so these are the bits of the plain pass.
+        """
+        depth = np.zeros(batch.num_rows, np.int64)
+        joining: dict[int, list[Begun]] = defaultdict(list)
+        for part in begun:
+            depth[part.first : part.first + len(part.hidden)] = part.layers
+            joining[part.layers].append(part)
+        stream = torch.empty(batch.num_rows, self.model.config.hidden_size)
+        captured: dict[int, torch.Tensor] = {}
+        stops = sorted({0, *joining, self.model.config.num_layers})
+        for first, last in pairwise(stops):
+            for part in joining[first]:
+                stream[part.first : part.first + len(part.hidden)] = part.hidden
+            rows = np.flatnonzero(depth <= first)
+            if not len(rows):
+                continue
+            some = batch.take(rows)
+            index = torch.from_numpy(rows)
+            out = self.model.forward(
+                some,
+                PagedKV(self.storage, some),
+                layers=range(first, last),
+                hidden=stream[index] if first else None,
+                capture=[layer for layer in capture if first <= layer < last],
+            )
+            stream[index] = out.rows
+            for layer, hidden in out.captured.items():
+                captured[layer] = torch.full_like(stream, torch.nan)
+                captured[layer][index] = hidden
+        return Hidden(stream, captured)
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy whole pages, (layer group, from, to), over all layers of the group."""
@@ -136,9 +212,18 @@ class InlineExecutor:
         batch: Batch,
         copies: Sequence[tuple[int, int, int]] = (),
         capture: Collection[int] = (),
+        begun: Sequence[Begun] = (),
     ) -> Handle:
         self.runner.copy(copies)
-        return _Done(self.runner.run(batch, capture))
+        return _Done(self.runner.run(batch, capture, begun))
+
+    def run_layers(
+        self, batch: Batch, layers: range, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.runner.run_layers(batch, layers, hidden)
+
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.runner.copy(copies)
 
     def move(self, batch: Batch, moves: Moves) -> None:
         self.runner.move(batch, moves)

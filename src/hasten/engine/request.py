@@ -9,6 +9,7 @@ from hasten.cache.manager import Stream
 from hasten.decoding.params import SamplingParams
 from hasten.decoding.sampling import Sampler
 from hasten.decoding.text import TextStream
+from hasten.speculation.statistics import DraftStatistics
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -25,10 +26,7 @@ class Figures:
     token_times: list[float] = field(default_factory=list)
     cached_tokens: int = 0
     """Prompt positions taken from the prefix cache at first admission."""
-    drafted: int = 0
-    accepted: int = 0
-    steps: int = 0
-    """Target passes that yielded tokens: ``tokens / steps`` is the block efficiency tau."""
+    speculation: DraftStatistics = field(default_factory=DraftStatistics)
     preemptions: int = 0
 
     @property
@@ -53,8 +51,16 @@ class Sequence:
     error: str | None = None
 
     @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
     def num_output(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -72,6 +78,7 @@ class Request:
         eos: tokens that end a sequence.
         dormant: sequences (``n`` > 1) that wait for the first one to compute the prompt.
         prompt_logprobs: filled as the prompt is computed; None for the first token.
+        tenant: shares cached prefixes and draft tables with its own requests only.
         embed: asks for the last hidden state of the prompt; nothing is generated.
     """
 
@@ -86,6 +93,7 @@ class Request:
     dormant: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] | None = None
     embed: bool = False
+    tenant: str = ""
 
     @property
     def finished(self) -> bool:

@@ -289,16 +289,16 @@ class EngineServer:
             steps=stats.steps,
             rows=stats.rows,
             tokens=stats.tokens,
-            passes=stats.passes,
+            passes=stats.speculation.passes,
             step_seconds=stats.step_seconds,
             forward_seconds=stats.forward_seconds,
-            drafted=stats.drafted,
-            accepted=stats.accepted,
+            drafted=stats.speculation.drafted,
+            accepted=stats.speculation.accepted,
             preemptions=stats.preemptions,
             finished=stats.finished,
             leaked_pages=cache.stats.leaked_pages,
             rss_bytes=self._rss,
-            drafts=stats.drafts,
+            drafts=stats.speculation.drafts,
         )
 
 
@@ -339,9 +339,9 @@ def _figures(figures: Figures) -> OutputFigures:
         first_token=times[0] if times else None,
         last_token=times[-1] if times else None,
         cached_tokens=figures.cached_tokens,
-        steps=figures.steps,
-        drafted=figures.drafted,
-        accepted=figures.accepted,
+        steps=figures.speculation.passes,
+        drafted=figures.speculation.drafted,
+        accepted=figures.speculation.accepted,
         preemptions=figures.preemptions,
     )
 

@@ -140,7 +140,7 @@ def test_drafts_change_no_bit(tiny: Callable[..., Decoder]) -> None:
     choices = "select=sink-window(sinks=3,window=21)"
     plain = run(model, choices, PROMPT[:40], 150)
     drafted = run(model, f"{choices},draft=prompt-lookup(k=7)", PROMPT[:40], 150)
-    assert drafted[:2] == plain[:2] and drafted[2].stats.accepted > 0
+    assert drafted[:2] == plain[:2] and drafted[2].stats.speculation.accepted > 0
 
 
 def test_layers_with_a_window_keep_it() -> None:

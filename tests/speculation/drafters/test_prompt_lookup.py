@@ -41,7 +41,7 @@ def test_the_latest_earlier_match(
     tokens: list[int], low: int, more: int, k: int, budget: int
 ) -> None:
     drafter = PromptLookup(k=k, min_ngram=low, max_ngram=low + more)
-    sequence = SimpleNamespace(tokens=tokens, draft_state=drafter.open())
+    sequence = SimpleNamespace(tokens=tokens, draft_state=drafter.open(None))
     (tree,) = drafter.propose([sequence], [budget])
     expected = by_hand(tokens, low + more, low, min(k, budget))
     assert tree == TokenTree.chain([tokens[-1], *expected])
@@ -53,19 +53,18 @@ def test_the_growing_index_equals_a_fresh_one(
     tokens: list[int], growth: list[int], longest: int
 ) -> None:
     drafter = PromptLookup(max_ngram=longest)
-    sequence = SimpleNamespace(tokens=tokens[:1], draft_state=drafter.open())
+    sequence = SimpleNamespace(tokens=tokens[:1], draft_state=drafter.open(None))
     for count in growth:
         sequence.tokens += tokens[len(sequence.tokens) : len(sequence.tokens) + count]
         (tree,) = drafter.propose([sequence], [8])
-        drafter.observe(sequence, tree, [0], sequence.tokens[-1])
-        fresh = SimpleNamespace(tokens=sequence.tokens, draft_state=drafter.open())
+        fresh = SimpleNamespace(tokens=sequence.tokens, draft_state=drafter.open(None))
         assert drafter.propose([fresh], [8]) == [tree]
         assert fresh.draft_state == sequence.draft_state
 
 
 def test_rollback_forgets_what_was_cut_off() -> None:
     drafter = PromptLookup()
-    sequence = SimpleNamespace(tokens=[1, 2, 3, 4, 1, 2, 9, 1, 2], draft_state=drafter.open())
+    sequence = SimpleNamespace(tokens=[1, 2, 3, 4, 1, 2, 9, 1, 2], draft_state=drafter.open(None))
     assert drafter.propose([sequence], [1])[0].token == [2, 9]
     sequence.tokens = sequence.tokens[:6]
     drafter.rollback(sequence, 6)
@@ -75,8 +74,8 @@ def test_rollback_forgets_what_was_cut_off() -> None:
 def test_sequences_do_not_see_each_other() -> None:
     drafter = PromptLookup()
     both = [
-        SimpleNamespace(tokens=[5, 6, 7, 5], draft_state=drafter.open()),
-        SimpleNamespace(tokens=[6, 8, 5], draft_state=drafter.open()),
+        SimpleNamespace(tokens=[5, 6, 7, 5], draft_state=drafter.open(None)),
+        SimpleNamespace(tokens=[6, 8, 5], draft_state=drafter.open(None)),
     ]
     assert [tree.token for tree in drafter.propose(both, [8, 8])] == [
         [5, 6, 7, 5, 6, 7, 5, 6, 7],

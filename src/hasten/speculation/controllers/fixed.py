@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.methods import method
-from hasten.speculation.base import Draftable, Load
+from hasten.speculation.base import (
+    ControlContext,
+    Draftable,
+    DraftProgress,
+    Load,
+    StepReport,
+)
 
 
 @method("fixed", slot="control", exact="bitwise", does=("sets-budgets",))
@@ -20,6 +26,18 @@ class Fixed:
         if self.k < 0:
             raise ValueError(f"k={self.k}: a budget cannot be negative")
 
+    def start(self, context: ControlContext) -> Fixed:
+        return self
+
     def plan(self, sequences: Sequence[Draftable], load: Load) -> list[int]:
         share = load.rows_left // max(len(sequences), 1)
         return [min(self.k, share)] * len(sequences)
+
+    def should_stop(self, progress: DraftProgress) -> bool:
+        return False
+
+    def observe(self, report: StepReport) -> None:
+        pass
+
+    def close(self, sequence: Draftable) -> None:
+        pass

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.methods import method
-from hasten.speculation.base import Draftable
+from hasten.speculation.base import Draftable, StatelessDrafting
 from hasten.speculation.tree import TokenTree
 
 
@@ -39,7 +39,7 @@ class NgramIndex:
     does=("proposes-tokens",),
 )
 @dataclass(frozen=True)
-class PromptLookup:
+class PromptLookup(StatelessDrafting):
     """Continues the latest earlier occurrence of the longest matching n-gram at the end.
 
     Costs a few dictionary look-ups a step whatever the context length, and pays where the output
@@ -57,7 +57,7 @@ class PromptLookup:
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(f"need 1 <= min_ngram ({self.min_ngram}) <= max_ngram")
 
-    def open(self) -> NgramIndex:
+    def open(self, sequence: Draftable) -> NgramIndex:
         return NgramIndex([{} for _ in range(self.max_ngram)])
 
     def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
@@ -74,12 +74,6 @@ class PromptLookup:
             if after is not None:
                 return _copy(tokens, after, length)
         return []
-
-    def observe(self, sequence: Draftable, tree: TokenTree, path: list[int], y: int) -> None:
-        pass  # the index catches up at the next proposal
-
-    def rollback(self, sequence: Draftable, length: int) -> None:
-        sequence.draft_state = self.open()  # rebuilt from the tokens at the next proposal
 
 
 def _copy(tokens: list[int], start: int, length: int) -> list[int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from hasten.decoding.params import SamplingParams
 from hasten.methods import method
+from hasten.speculation.base import Walk
 from hasten.speculation.tree import TokenTree
 
 
@@ -19,16 +20,17 @@ class SampleMatch:
     changes. The tree only decides how many tokens one step yields.
     """
 
-    def verify(
-        self, tree: TokenTree, choose: Callable[[int], int], ends: Callable[[int], bool]
-    ) -> tuple[list[int], list[int]]:
-        path, out = [0], []
+    def refuses(self, params: SamplingParams) -> str | None:
+        return None
+
+    def verify(self, tree: TokenTree, walk: Walk) -> list[int]:
+        path = [0]
         while True:
-            y = choose(path[-1])
-            out.append(y)
-            if ends(y):
-                return path, out
+            y = walk.choose(path[-1])
+            ended = walk.emit(path[-1], y)
             child = next((c for c in tree.children(path[-1]) if tree.token[c] == y), None)
             if child is None:
-                return path, out
+                return path
             path.append(child)
+            if ended:
+                return path

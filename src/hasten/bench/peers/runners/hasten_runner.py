@@ -17,7 +17,7 @@ import hasten
 from hasten import LLM, SamplingParams, _native
 from hasten.api.frontend import Frontend
 from hasten.methods import method
-from hasten.speculation.base import Draftable
+from hasten.speculation.base import Draftable, StatelessDrafting
 from hasten.speculation.tree import TokenTree
 
 
@@ -29,26 +29,17 @@ from hasten.speculation.tree import TokenTree
     does=("proposes-tokens",),
 )
 @dataclass(frozen=True)
-class Scripted:
+class Scripted(StatelessDrafting):
     """Chains of random tokens, as many as the measurement asks for."""
 
     length: ClassVar[int] = 0
     vocab: ClassVar[int] = 1
-
-    def open(self) -> None:
-        return None
 
     def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
         if any(budget < self.length for budget in budgets):
             raise ValueError(f"budgets {budgets} are below the {self.length} tokens to propose")
         drafted = [random.randrange(self.vocab) for _ in range(self.length)]
         return [TokenTree.chain(s.tokens[-1:] + drafted) for s in sequences]
-
-    def observe(self, sequence: Draftable, tree: TokenTree, path: list[int], y: int) -> None:
-        pass
-
-    def rollback(self, sequence: Draftable, length: int) -> None:
-        pass
 
 
 class Hasten:
