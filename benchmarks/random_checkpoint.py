@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hasten.api.frontend import REFERENCE
+from hasten.models.loading import REFERENCE
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from tokenizers import Tokenizer  # noqa: E402
 
 from hasten import LLM  # noqa: E402
-from hasten.api.frontend import resolve  # noqa: E402
 from hasten.bench.conditions import conditions  # noqa: E402
+from hasten.models.loading import locate  # noqa: E402
 from hasten.training import corpus  # noqa: E402
 from hasten.training.data import encode_files  # noqa: E402
 
@@ -77,7 +77,7 @@ print(total / count)
 
 def windows(limit: int) -> list[list[int]]:
     """Windows that share one token: the last of one is the first, not predicted, of the next."""
-    tokenizer = Tokenizer.from_file(f"{resolve('reference')}/tokenizer.json")
+    tokenizer = Tokenizer.from_file(f"{locate('reference')}/tokenizer.json")
     _, held_out = corpus.split(corpus.standard_library())
     stream, _ = encode_files(tokenizer, [file.text for file in held_out])
     ids = stream[: limit + 1].tolist()
@@ -95,7 +95,7 @@ def quantized(build: Path, folder: Path) -> dict[str, Path]:
     """The bundled model as GGUF files of llama.cpp's own rounding."""
     from tests.models.gguf_files import add_tokenizer, bfloat, convert
 
-    source = Path(resolve("reference"))
+    source = Path(locate("reference"))
     files = {"BF16": folder / "BF16.gguf"}
     convert(
         source, files["BF16"], bfloat, edit=lambda writer: add_tokenizer(writer, source, "gpt2")

@@ -34,11 +34,15 @@ NEEDS: dict[str, str] = {
     "token-history": "the tokens of a sequence so far",
     "spare-slots": "room in the page pool for candidate rows",
     "full-attention-layers": "at least one layer that attends to all positions",
+    "draft-hidden-states": "a drafter that runs a draft model, such as draft=model",
 }
 """Needs that exist, each with the words a refusal uses. The engine provides the first two to
-every stack; the model provides the others (``Decoder.config.provides``)."""
+every stack; the model provides others (``Decoder.config.provides``), and so do methods of the
+stack (``OFFERS``)."""
 
 DOES: dict[str, str] = {
+    "runs-draft-model": "runs a second model whose hidden states a controller may read",
+    "weighs-draft-laws": "accepts by the probabilities from which candidates were drawn",
     "proposes-tokens": "adds candidate rows that are verified",
     "accepts-tokens": "decides which candidates become output",
     "limits-view": "hides positions from attention",
@@ -47,6 +51,9 @@ DOES: dict[str, str] = {
     "orders-work": "decides who gets how many tokens in a step",
     "sets-budgets": "decides how many candidates a request may have",
 }
+
+OFFERS = {"runs-draft-model": "draft-hidden-states"}
+"""What a method that does one thing provides to the other methods of its stack."""
 
 ENGINE_PROVIDES = frozenset({"token-history", "spare-slots"})
 

@@ -15,7 +15,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.methods import ENGINE_PROVIDES, NEEDS, SLOTS, Card, Exactness, MethodError, cards, find
+from hasten.methods import (
+    ENGINE_PROVIDES,
+    NEEDS,
+    OFFERS,
+    SLOTS,
+    Card,
+    Exactness,
+    MethodError,
+    cards,
+    find,
+)
 
 _CHOICE = re.compile(r"\s*([A-Za-z0-9_.+-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _ORDER: tuple[Exactness, ...] = ("bitwise", "distribution", "lossy")
@@ -120,7 +130,9 @@ def with_weights(stack: str | None, weights: str | None) -> str | None:
 
 def missing_needs(chosen: Iterable[Card], provides: Iterable[str]) -> list[tuple[Card, str]]:
     """The (card, need) pairs that neither the engine nor ``provides`` satisfies."""
-    offered = ENGINE_PROVIDES | set(provides)
+    chosen = list(chosen)
+    effects = {effect for card in chosen for effect in card.does}
+    offered = ENGINE_PROVIDES | set(provides) | {OFFERS[e] for e in effects & OFFERS.keys()}
     return [(card, need) for card in chosen for need in sorted(card.needs - offered)]
 
 

@@ -12,9 +12,9 @@ import pytest
 from benchmarks import cpu_decode, random_checkpoint
 from benchmarks.cpu_decode import GROUPS, Case, Group, Records
 from hasten import LLM, SamplingParams
-from hasten.api.frontend import REFERENCE
 from hasten.bench.peers.engines import PEERS, Setup
 from hasten.bench.peers.process import PeerError
+from hasten.models.loading import REFERENCE
 
 GROUP = Group("qwen0.5b", "int8", "int8", {"decode-128": (1.4, 0.85)}, steps=True)
 FIRST = {"llama.cpp": 40.0, "openvino": 30.0, "ctranslate2": 29.0, "onnxruntime-genai": 20.0}

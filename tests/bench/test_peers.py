@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from hasten import LLM, SamplingParams
-from hasten.api.frontend import REFERENCE
 from hasten.bench import contestants
 from hasten.bench.contestants import PeerContestant, weights_name
 from hasten.bench.peers import engines
 from hasten.bench.peers.engines import LLAMA_CPP, ONNXRUNTIME, OPENVINO, PEERS, TRANSFORMERS, Setup
 from hasten.bench.peers.process import RUNNERS, EngineProcess, PeerError
 from hasten.bench.workloads import Item
+from hasten.models.loading import REFERENCE
 from hasten.stack import Stack
 from tests.cli.common import hasten, write_lines
 

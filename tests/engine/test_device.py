@@ -84,10 +84,10 @@ def test_passes_match_the_cpu(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyP
     # the path 5, 7, 8 is accepted: its rows go from slots 11 and 12 to 10 and 11
     moves = Moves([0, 0], [11, 12], [10, 11])
     batch = Batch.build(steps[1], world.tables)
-    world.cpu.move(batch, moves)
+    world.cpu.move(batch.tables, moves)
     with monkeypatch.context() as m:
         m.setattr(dispatch, "forced", "triton")
-        world.device.move(batch, moves)
+        world.device.move(batch.tables, moves)
     got, expected = world.both([Segment(0, 12, tokens(1))])
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.api.frontend import REFERENCE, Frontend
+from hasten.api.frontend import Frontend
 from hasten.decoding.params import SamplingParams
 from hasten.engine.engine import Engine, EngineConfig, RequestRefused
 from hasten.models.base import Decoder
+from hasten.models.loading import REFERENCE
 from hasten.stack import Stack
 from tests.engine.world import prompt_of
 

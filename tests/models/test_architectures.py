@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
-from hasten.api.frontend import Frontend, resolve
+from hasten.api.frontend import Frontend
 from hasten.engine.batch import Segment
 from hasten.models import gemma3
 from hasten.models.base import Decoder
 from hasten.models.facts import CheckpointError, Facts
-from hasten.models.loading import load_model
+from hasten.models.loading import load_model, locate
 from hasten.speculation.tree import TokenTree
 from tests.models.drive import Driver, chunked, greedy, ragged, whole
 from tests.models.tiny import CONFIGS, edit, randomized
@@ -281,7 +281,7 @@ def test_the_length_asked_of_the_engine_chooses_longrope(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(checkpoint("phi3-longrope")[0], tmp_path / "model"))
-    for file in Path(resolve("reference")).glob("tokenizer*"):
+    for file in locate("reference").glob("tokenizer*"):
         shutil.copy(file, folder)
     sizes = {"max_sequences": 2, "kv_bytes": 1 << 20}
     fronts = [Frontend(folder, max_length=32, **sizes)]  # type: ignore[arg-type]

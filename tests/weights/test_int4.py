@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.api.frontend import resolve
 from hasten.kernels.linear import Int4Weight, Int8Weight, unpack
 from hasten.models.facts import CheckpointError
 from hasten.models.loading import load_model
@@ -17,7 +16,7 @@ from hasten.weights.base import Matrix
 from hasten.weights.compress import compress
 from tests.conftest import RandomWeights
 
-REFERENCE = resolve("reference")
+REFERENCE = "reference"
 
 
 def chosen(text: str):

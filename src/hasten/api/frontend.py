@@ -21,16 +21,6 @@ from hasten.models.loading import load_model, locate, read_facts
 from hasten.models.tokenizer import Tokenizer
 from hasten.stack import Stack
 
-REFERENCE = Path(__file__).parent.parent / "reference"
-"""Folder of the models that come with the package: ``reference`` and ``reference-draft``."""
-
-_BUNDLED = {"reference": REFERENCE / "target", "reference-draft": REFERENCE / "draft"}
-
-
-def resolve(model: str | os.PathLike[str]) -> str:
-    """A bundled model's folder for its short name; anything else as it is."""
-    return str(_BUNDLED.get(str(model), model))
-
 
 @dataclass(slots=True)
 class _Output:
@@ -70,7 +60,7 @@ class Frontend:
         self.stack = Stack.parse(stack)
         self.max_length = max_length
         self.name = str(model)
-        self.folder = locate(resolve(model))
+        self.folder = locate(model)
         read_facts(self.folder)  # first: a folder without a model has no tokenizer either
         self.tokenizer = Tokenizer.load(self.folder)
         weights = self.stack["weights"]

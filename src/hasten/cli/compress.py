@@ -30,12 +30,11 @@ def rtn(
     """
     with o.one_line_errors():
         o.set_threads(threads)
-        from hasten.api.frontend import resolve
         from hasten.stack import Stack
         from hasten.weights.compress import compress
 
         chosen = Stack.parse({"weights": weights})["weights"]
         if chosen.form("layer") is None:
             o.fail(f"--weights is '{weights}', expected int8 or int4")
-        size = compress(resolve(model), out, chosen, progress=True)
+        size = compress(model, out, chosen, progress=True)
         print(f"wrote {out} ({size / 1e6:.0f} MB of tensors)")

@@ -30,9 +30,8 @@ def widen(
             o.fail(f"--dtype is '{dtype}', expected float32 or bfloat16")
         import torch
 
-        from hasten.api.frontend import resolve
         from hasten.models.loading import locate
         from hasten.training.widen import widen as build
 
-        build(locate(resolve(model)), out, preset, dtype=getattr(torch, dtype), seed=seed)
+        build(locate(model), out, preset, dtype=getattr(torch, dtype), seed=seed)
         print(f"wrote {out}")

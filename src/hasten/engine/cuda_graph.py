@@ -238,9 +238,16 @@ class DeviceRunner(Runner):
             src, dst = pairs.T.contiguous()
             copy_pages(self.storage.k[group], self.storage.v[group], src, dst)
 
-    def move(self, batch: Batch, moves: Moves) -> None:
+    def move(self, tables: Sequence[NDArray[np.int32]], moves: Moves) -> None:
         lists = torch.tensor([moves.table_row, moves.src, moves.dst], dtype=torch.int32)
         rows, src, dst = lists.to(self.device)
-        for group, table in enumerate(batch.tables):
+        for group, table in enumerate(tables):
             pages = torch.from_numpy(table).to(self.device)
             move_slots(self.storage.k[group], self.storage.v[group], pages, rows, src, dst)
+
+
+def runner_for(model: Decoder, storage: KVStorage, length: int) -> Runner:
+    """The runner for where the model is; ``length`` is the longest sequence."""
+    if model.device.type == "cpu":
+        return Runner(model, storage)
+    return DeviceRunner(model, storage, length)

@@ -25,8 +25,8 @@ from hasten.decoding.sampling import NoTokenLeft, Sampler
 from hasten.decoding.text import TextStream
 from hasten.engine.batch import Batch, Segment
 from hasten.engine.clock import Clock, WallClock
-from hasten.engine.cuda_graph import DeviceRunner
-from hasten.engine.executor import Begun, Executor, InlineExecutor, Moves, Output, Runner
+from hasten.engine.cuda_graph import runner_for
+from hasten.engine.executor import Begun, Executor, InlineExecutor, Moves, Output
 from hasten.engine.profile import Profile
 from hasten.engine.request import Delta, Figures, Request, Sequence
 from hasten.engine.walk import Rows, SequenceWalk
@@ -160,11 +160,7 @@ class Engine:
         self.max_length = min(longest, blocks * PAGE_SIZE)
         self.cache = CacheManager(layout, blocks, self.config.max_sequences, self.max_length + 1)
         storage = KVStorage(layout, [p.num_pages for p in self.cache.pools], model.device)
-        self.runner = (
-            Runner(model, storage)
-            if model.device.type == "cpu"
-            else DeviceRunner(model, storage, self.max_length + 1)
-        )
+        self.runner = runner_for(model, storage, self.max_length + 1)
         self.executor: Executor = InlineExecutor(self.runner)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -194,6 +190,8 @@ class Engine:
                 kv_bytes=self.config.kv_bytes,
                 prefix_reuse=self.config.prefix_reuse,
                 should_stop=self.control.should_stop,
+                hidden="draft-hidden-states" in stack["control"].card.needs,
+                drawn="weighs-draft-laws" in stack["verify"].card.does,
             )
         )
         # only what changes stored values or who may read them belongs into a prefix key

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hasten.cache.layout import KVStorage
 from hasten.engine.batch import Batch
@@ -186,11 +187,12 @@ class Runner:
             dst = torch.tensor([d for g, _, d in copies if g == group])
             copy_pages(self.storage.k[group], self.storage.v[group], src, dst)
 
-    def move(self, batch: Batch, moves: Moves) -> None:
+    def move(self, tables: Sequence[NDArray[np.int32]], moves: Moves) -> None:
+        """Move rows within their sequences, over all layers."""
         rows, src, dst = (
             torch.tensor(x, dtype=torch.int32) for x in (moves.table_row, moves.src, moves.dst)
         )
-        for group, table in enumerate(batch.tables):
+        for group, table in enumerate(tables):
             move_slots(
                 self.storage.k[group],
                 self.storage.v[group],
@@ -226,7 +228,7 @@ class InlineExecutor:
         self.runner.copy(copies)
 
     def move(self, batch: Batch, moves: Moves) -> None:
-        self.runner.move(batch, moves)
+        self.runner.move(batch.tables, moves)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import pkgutil
 import re
 import sys
@@ -41,6 +42,11 @@ PARTS = {"base", "chat_template", "checkpoint", "facts", "gguf", "layers", "load
 PARTS |= {"device", "tokenizer"}
 """Modules of this package that are not architectures."""
 
+REFERENCE = Path(__file__).parents[1] / "reference"
+"""Folder of the models that come with the package: ``reference`` and ``reference-draft``."""
+
+_BUNDLED = {"reference": REFERENCE / "target", "reference-draft": REFERENCE / "draft"}
+
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<file>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
@@ -54,13 +60,13 @@ def architectures() -> list[str]:
     return sorted(names - PARTS)
 
 
-def locate(path_or_hub_id: str | Path) -> Path:
-    """The folder or GGUF file of a model: a path, or what the hub has under an id.
+def locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """The folder or GGUF file of a model: a path, what the hub has under an id, or a bundled one.
 
     ``org/name[@revision]`` is a checkpoint in the Hugging Face layout, ``org/name:Q4_K_M`` the
     GGUF file of that quantization. A folder whose weights are one GGUF file stands for that file.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = _BUNDLED.get(str(path_or_hub_id), Path(path_or_hub_id)).expanduser()
     if path.is_dir():
         return file_of(path) or path
     if path.is_file() and is_gguf(path):

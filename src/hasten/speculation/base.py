@@ -74,6 +74,9 @@ class DraftContext:
         kv_bytes: memory for the target's keys and values.
         prefix_reuse: whether pages may be shared between requests.
         should_stop: the controller's rule for drafters that draft token by token.
+        hidden: whether the rule reads hidden states of the draft model.
+        drawn: whether the verifier weighs candidates by the law they were drawn from. If not,
+            the likeliest candidates are the best ones, also where the target samples.
     """
 
     model: Decoder
@@ -87,6 +90,8 @@ class DraftContext:
     kv_bytes: int
     prefix_reuse: bool
     should_stop: StopRule
+    hidden: bool = False
+    drawn: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import pytest
 from hasten.decoding.sampling import Distribution
 from hasten.speculation.tree import TokenTree
 from hasten.speculation.verifiers.sample_match import SampleMatch
-
 from tests.speculation.verifiers.harness import (
     DEPTH,
     EnumeratedWalk,
