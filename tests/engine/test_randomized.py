@@ -10,16 +10,18 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from hasten.methods import cards
+from hasten.methods import Card, cards
 from hasten.models.base import Decoder
 from hasten.stack import Stack
 from tests.engine.world import World, params_of, prompt_of
+from tests.speculation.examples import example
 
 MODELS = {
     "llama": {"intermediate_size": 64},  # whole groups of 4-bit weights
@@ -97,8 +99,8 @@ SOAKED = [
 ]
 
 STACKS = [
-    # every method of every slot at its defaults, and a few settings that matter here
-    *(f"{card.slots[0]}={card.name}" for card in cards()),
+    # every method of every slot, and a few settings that matter here
+    *(pytest.param(card, id=f"{card.slots[0]}={card.name}") for card in cards()),
     "draft=prompt-lookup(k=3,max_ngram=2),codec=native(dtype=bfloat16)",
     "draft=prompt-lookup,select=sink-window(sinks=2,window=19),schedule=stall-free(chunk=5)",
     "draft=prompt-lookup,control=fixed(k=2),weights=checkpoint(dtype=float32)",
@@ -183,11 +185,14 @@ def test_the_examples_saw_everything() -> None:
         assert SEEN[what] > 5, f"the examples saw too few {what}: {dict(SEEN)}"
 
 
-@pytest.mark.parametrize("choices", STACKS)
-def test_every_method_under_load(tiny: Callable[..., Decoder], choices: str) -> None:
+@pytest.mark.parametrize("method", STACKS)
+def test_every_method_under_load(
+    tiny: Callable[..., Decoder], method: str | Card, tmp_path: Path
+) -> None:
     """Each registered method as it is, not scripted: a tiny pool, forks, aborts, prefix hits."""
+    choices = method if isinstance(method, str) else example(method, tmp_path)
     model = built(tiny, "llama", choices)
-    rng = random.Random(choices)
+    rng = random.Random(method if isinstance(method, str) else f"{method.slots[0]}={method.name}")
     world = World(model, drafts=None, choices=choices, blocks=9)
     added = 0
     while added < 30 or world.engine.has_work:

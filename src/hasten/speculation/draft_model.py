@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ from hasten.models.base import Decoder
 from hasten.models.loading import load_model, locate
 from hasten.models.tokenizer import Tokenizer
 from hasten.speculation.base import Draftable, DraftContext, Outcome
+from hasten.speculation.tree import TokenTree, TreeBuilder
 from hasten.weights.base import WeightFormat
 
 
@@ -47,7 +49,7 @@ class DraftState:
         token, parent, depth: of the nodes, by number; empty between rounds.
         seen: the ancestors of a node and itself below the pending token, as bits: bit i is the
             slot of node i + 1.
-        computed: nodes whose keys and values are stored.
+        computed: nodes whose keys and values are stored, as bits.
         place: tree node -> number, for ``settle``; set by who makes the tree.
     """
 
@@ -206,9 +208,9 @@ class DraftModel:
         """Take pages for as many nodes in all (the pending token not counted)."""
         return self.cache.reserve(state.stream, len(state.stream.tokens) + nodes)
 
-    def extend(self, states: Sequence[DraftState], nodes: Sequence[int]) -> DraftRows:
-        """Compute the last ``nodes[i]`` nodes of each state; their rows, in this order. All have
-        pages: see ``room``."""
+    def extend(self, states: Sequence[DraftState], nodes: Sequence[Sequence[int]]) -> DraftRows:
+        """Compute the nodes ``nodes[i]`` of each state; their rows, in this order. Their ancestors
+        are computed, and all have pages: see ``room``."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -216,10 +218,9 @@ class DraftModel:
         bases: list[int] = []
         masked: list[tuple[int, int]] = []  # (row, bits)
         words = 0
-        for state, count in zip(states, nodes, strict=True):
+        for state, some in zip(states, nodes, strict=True):
             stream, length = state.stream, len(state.stream.tokens)
-            first = len(state.parent) - count
-            for node in range(first, len(state.parent)):
+            for node in some:
                 slot = length + node - 1
                 if state.seen[node] == (1 << node) - 1:  # all nodes before it: a chain
                     bases.append(slot + 1)
@@ -229,9 +230,9 @@ class DraftModel:
                     masked.append((len(slots), state.seen[node]))
                 slots.append(slot)
                 positions.append(length - 1 + state.depth[node])
-            tokens += state.token[first:]
-            rows += [stream.table_row] * count
-            state.computed = len(state.parent)
+                tokens.append(state.token[node])
+                state.computed |= 1 << node
+            rows += [stream.table_row] * len(some)
         mask = np.zeros((len(tokens), words), np.uint64)
         for row, bits in masked:
             for word in range(words):
@@ -263,7 +264,7 @@ class DraftModel:
         kept = 0
         for node in outcome.path[1:]:
             number = state.place[node]
-            if number >= state.computed:
+            if not state.computed >> number & 1:
                 break
             kept += 1
             if number != kept:
@@ -292,3 +293,88 @@ def draft_law(rows: DraftRows, row: int, sequence: Draftable) -> NDArray[np.floa
     drawn from."""
     law = distribution(rows.logits[row], sequence.sampler.params).dense(rows.logits.shape[1])
     return law / law.sum()
+
+
+def tempered_law(rows: DraftRows, row: int, temperature: float) -> NDArray[np.float64]:
+    """Softmax of a row of the draft at a temperature, without the request's filters."""
+    z = rows.logits[row].astype(np.float64)
+    weights: NDArray[np.float64] = np.exp((z - z[rows.best[row]]) / temperature)
+    return weights / weights.sum()
+
+
+def draw(law: NDArray[np.float64], number: float) -> int:
+    """The token of a law (not 0 everywhere, any sum) at a quantile in [0, 1)."""
+    cumulative = np.cumsum(law)
+    place = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
+    if place == len(law) or not law[place]:  # rounding at the end of the law
+        place = int(np.flatnonzero(law)[-1])
+    return place
+
+
+@dataclass
+class TreeDrafting:
+    """`hasten.speculation.base.Drafting` by trees of a draft model; a subclass grows them.
+
+    Attributes:
+        drawn: draw candidates of requests that sample, since the verifier weighs laws.
+    """
+
+    runtime: DraftModel
+    drawn: bool
+    capture: ClassVar[Sequence[int]] = ()
+    sources: ClassVar[Sequence[str]] = ()
+    independent = False
+    """Siblings are drawn with replacement."""
+
+    def propose_trees(
+        self, sequences: Sequence[Draftable], budgets: Sequence[int], first: DraftRows
+    ) -> list[dict[int, NDArray[np.float64]]]:
+        """Add nodes to the states of sequences, at most ``budget`` (1 or more) each.
+
+        Args:
+            first: what follows the pending token of each.
+
+        Returns:
+            For each sequence the laws of the nodes below which candidates were drawn, by number.
+        """
+        raise NotImplementedError
+
+    def compute(self, states: Sequence[DraftState], nodes: Sequence[Sequence[int]]) -> DraftRows:
+        """`DraftModel.extend`."""
+        return self.runtime.extend(states, nodes)
+
+    def open(self, sequence: Draftable) -> DraftState:
+        return self.runtime.open(sequence)
+
+    def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
+        asked = [i for i, budget in enumerate(budgets) if budget]
+        ready, rows = self.runtime.begin([sequences[i].draft_state for i in asked])
+        trees = [TokenTree.root(sequence.tokens[-1]) for sequence in sequences]
+        if rows is None:
+            return trees
+        chosen = [asked[i] for i in ready]
+        laws = self.propose_trees(
+            [sequences[i] for i in chosen], [budgets[i] for i in chosen], rows
+        )
+        for i, law in zip(chosen, laws, strict=True):
+            trees[i] = self._tree(sequences[i].draft_state, law)
+        return trees
+
+    def _tree(self, state: DraftState, laws: dict[int, NDArray[np.float64]]) -> TokenTree:
+        builder = TreeBuilder(state.token[0])
+        for number in range(1, len(state.parent)):
+            builder.add_drawn(state.parent[number], state.token[number])
+        builder.law = laws
+        tree, state.place = builder.build(self.independent)
+        return tree
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            self.runtime.settle(outcome.sequence.draft_state, outcome)
+
+    def rollback(self, sequence: Draftable, length: int) -> None:
+        self.runtime.rollback(sequence.draft_state, length)
+
+    def close(self, sequence: Draftable) -> None:
+        if sequence.draft_state is not None:
+            self.runtime.close(sequence.draft_state)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hasten.decoding.sampling import Number, generator
 from hasten.methods import method
-from hasten.speculation.base import Draftable, DraftContext, DraftProgress, Outcome, StopRule
-from hasten.speculation.draft_model import DraftModel, DraftRows, DraftState, draft_law, load_draft
-from hasten.speculation.tree import TokenTree
+from hasten.speculation.base import Draftable, DraftContext, DraftProgress, StopRule
+from hasten.speculation.draft_model import (
+    DraftModel,
+    DraftRows,
+    DraftState,
+    TreeDrafting,
+    draft_law,
+    draw,
+    load_draft,
+)
 
 
 @method(
@@ -44,32 +51,22 @@ class ModelDraft:
 
     def start(self, context: DraftContext) -> ChainDrafting:
         runtime = DraftModel(load_draft(self.path, context), context, self.k)
-        return ChainDrafting(runtime, self.k, context.drawn, context.should_stop)
+        return ChainDrafting(runtime, context.drawn, self.k, context.should_stop)
 
 
 @dataclass
-class ChainDrafting:
-    """`Drafting` by chains of a draft model."""
+class ChainDrafting(TreeDrafting):
+    """`TreeDrafting` with one candidate a level."""
 
-    runtime: DraftModel
     k: int
-    drawn: bool
     should_stop: StopRule
-    capture: Sequence[int] = ()
-    sources: Sequence[str] = ()
 
-    def open(self, sequence: Draftable) -> DraftState:
-        return self.runtime.open(sequence)
-
-    def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
-        lengths = [min(budget, self.k) for budget in budgets]
-        asked = [i for i, length in enumerate(lengths) if length]
-        states = [sequences[i].draft_state for i in asked]
-        ready, rows = self.runtime.begin(states)
-        laws: dict[int, dict[int, Any]] = {i: {} for i in asked}
-        active = [asked[i] for i in ready]
-        depth = 0
-        while active and rows is not None:
+    def propose_trees(
+        self, sequences: Sequence[Draftable], budgets: Sequence[int], first: DraftRows
+    ) -> list[dict[int, NDArray[np.float64]]]:
+        laws: list[dict[int, NDArray[np.float64]]] = [{} for _ in sequences]
+        active, rows, depth = list(range(len(sequences))), first, 0
+        while active:
             going = []
             for row, i in enumerate(active):
                 sequence = sequences[i]
@@ -78,32 +75,24 @@ class ChainDrafting:
                     continue
                 token, probability = self._next(rows, row, sequence, depth, laws[i])
                 state.add(depth, token)
-                if depth + 1 < lengths[i] and not self.should_stop(
-                    DraftProgress(
-                        sequence,
-                        depth + 1,
-                        probability,
-                        None if rows.hidden is None else rows.hidden[row],
-                    )
-                ):
+                hidden = None if rows.hidden is None else rows.hidden[row]
+                progress = DraftProgress(sequence, depth + 1, probability, hidden)
+                if depth + 1 < min(budgets[i], self.k) and not self.should_stop(progress):
                     going.append(i)
             depth += 1
-            if going:
-                states = [sequences[i].draft_state for i in going]
-                rows = self.runtime.extend(states, [1] * len(states))
             active = going
-        trees = []
-        for i, sequence in enumerate(sequences):
-            state = sequence.draft_state
-            tree = TokenTree.chain([sequence.tokens[-1], *(state.token[1:] if i in laws else ())])
-            tree.law = laws.get(i, {})
-            if i in laws:
-                state.place = range(len(tree))
-            trees.append(tree)
-        return trees
+            if active:
+                states = [sequences[i].draft_state for i in active]
+                rows = self.compute(states, [[depth]] * len(states))
+        return laws
 
     def _next(
-        self, rows: DraftRows, row: int, sequence: Draftable, depth: int, laws: dict[int, Any]
+        self,
+        rows: DraftRows,
+        row: int,
+        sequence: Draftable,
+        depth: int,
+        laws: dict[int, NDArray[np.float64]],
     ) -> tuple[int, float]:
         """The candidate after a row and its probability; a law that it was drawn from is kept."""
         sampler = sequence.sampler
@@ -111,19 +100,5 @@ class ChainDrafting:
             return rows.best[row], rows.probability(row, rows.best[row])
         law = laws[depth] = draft_law(rows, row, sequence)
         position = len(sequence.tokens) + depth
-        number = generator(sampler.seed, sampler.stream, position, Number.DRAFT).random()
-        token = min(int(np.searchsorted(np.cumsum(law), number, side="right")), len(law) - 1)
-        while not law[token]:
-            token -= 1
+        token = draw(law, generator(sampler.seed, sampler.stream, position, Number.DRAFT).random())
         return token, float(law[token])
-
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        for outcome in outcomes:
-            self.runtime.settle(outcome.sequence.draft_state, outcome)
-
-    def rollback(self, sequence: Draftable, length: int) -> None:
-        self.runtime.rollback(sequence.draft_state, length)
-
-    def close(self, sequence: Draftable) -> None:
-        if sequence.draft_state is not None:
-            self.runtime.close(sequence.draft_state)
