@@ -60,7 +60,14 @@ class Layer:
         )
 
     def __call__(self, hidden: Tensor, kv: KV) -> Tensor:
-        attended = self.attention(rms_norm(hidden, self.norm, self.eps), kv)
+        return self.feed(self.attend(hidden, kv), hidden)
+
+    def attend(self, hidden: Tensor, kv: KV) -> Tensor:
+        """What attention adds to the stream."""
+        return self.attention(rms_norm(hidden, self.norm, self.eps), kv)
+
+    def feed(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """The stream after both are in it."""
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, self.eps)
         return self.mlp(normed, hidden)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +26,14 @@ from numpy.typing import NDArray
 from hasten.cache.layout import PAGE_SIZE, KVStorage
 from hasten.cache.manager import CacheManager, Stream
 from hasten.cache.prefix import root_key
-from hasten.decoding.sampling import distribution
 from hasten.engine.batch import WORD, Batch, Segment
 from hasten.engine.cuda_graph import runner_for
-from hasten.engine.executor import Moves
+from hasten.engine.executor import Moves, Runner
 from hasten.methods import MethodError
 from hasten.models.base import Decoder
 from hasten.models.loading import load_model, locate
 from hasten.models.tokenizer import Tokenizer
 from hasten.speculation.base import Draftable, DraftContext, Outcome
-from hasten.speculation.tree import TokenTree, TreeBuilder
 from hasten.weights.base import WeightFormat
 
 
@@ -133,8 +130,23 @@ def check_vocabulary(model: Decoder, folder: Path, context: DraftContext) -> Non
 class DraftModel:
     """Runs a draft model for the sequences of one engine."""
 
-    def __init__(self, model: Decoder, context: DraftContext, nodes: int) -> None:
-        """``nodes`` is the most candidates that a tree will have."""
+    def __init__(
+        self,
+        model: Decoder,
+        context: DraftContext,
+        nodes: int,
+        *,
+        grown_by: Decoder | None = None,
+        keep: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: computes known tokens.
+            nodes: the most candidates that a tree will have.
+            grown_by: computes candidates, on the same pages; by default ``model``.
+            keep: whether accepted candidates keep the keys and values that they were drafted
+                with; otherwise the next ``begin`` computes them again.
+        """
         self.model = model
         self.most_rows = context.max_batch_tokens
         self.hidden = context.hidden
@@ -146,6 +158,8 @@ class DraftModel:
         self.cache = CacheManager(layout, blocks, context.max_sequences, slots)
         storage = KVStorage(layout, [pool.num_pages for pool in self.cache.pools], model.device)
         self.runner = runner_for(model, storage, slots)
+        self.growing = runner_for(grown_by, storage, slots) if grown_by else self.runner
+        self.keep = keep
         self.reuse = context.prefix_reuse
         self.passes = 0
         """Forward passes so far."""
@@ -184,6 +198,8 @@ class DraftModel:
             stream = state.stream
             if stream.table_row < 0 and not self.cache.attach(stream):
                 continue
+            if not stream.behind:  # asked again for the same place
+                stream.computed -= 1
             rows = min(stream.behind, left)
             if not rows or not self.cache.reserve(stream, stream.computed + rows):
                 continue
@@ -199,7 +215,7 @@ class DraftModel:
                 state.depth, state.seen, state.computed = [0], [0], 1
         if not segments:
             return [], None
-        found = self._run(Batch.build(segments, self.cache.tables))
+        found = self._run(Batch.build(segments, self.cache.tables), self.runner)
         for stream, computed in caught_up:
             self.cache.commit(stream, computed)
         return ready, found if ready else None
@@ -251,7 +267,8 @@ class DraftModel:
                 segment_rows=np.array([0, count], np.int32),
                 segment_wanted=np.array([0, count], np.int32),
                 tables=self.cache.tables,
-            )
+            ),
+            self.growing,
         )
 
     def settle(self, state: DraftState, outcome: Outcome) -> None:
@@ -262,7 +279,7 @@ class DraftModel:
             return
         moves = Moves([], [], [])
         kept = 0
-        for node in outcome.path[1:]:
+        for node in outcome.path[1:] if self.keep else ():
             number = state.place[node]
             if not state.computed >> number & 1:
                 break
@@ -276,105 +293,11 @@ class DraftModel:
         self.cache.commit(state.stream, length + kept)
         state.forget()
 
-    def _run(self, batch: Batch) -> DraftRows:
+    def _run(self, batch: Batch, runner: Runner) -> DraftRows:
         if self.hidden:
             batch.embedded = batch.wanted
         self.runner.copy(self.cache.take_copies())
-        out = self.runner.run(batch)
+        out = runner.run(batch)
         self.passes += 1
         hidden = out.embeddings.numpy() if self.hidden else None
         return DraftRows(out.logits.numpy(), out.best.tolist(), out.lse.numpy(), hidden)
-
-
-def draft_law(rows: DraftRows, row: int, sequence: Draftable) -> NDArray[np.float64]:
-    """The law from which candidates after a row are drawn: the draft's logits under the request's
-    temperature and filters, float64 [V], summing to 1. Penalties and bans, which depend on the
-    path's history, stay with the target: a law may be anything, as long as it is the one that was
-    drawn from."""
-    law = distribution(rows.logits[row], sequence.sampler.params).dense(rows.logits.shape[1])
-    return law / law.sum()
-
-
-def tempered_law(rows: DraftRows, row: int, temperature: float) -> NDArray[np.float64]:
-    """Softmax of a row of the draft at a temperature, without the request's filters."""
-    z = rows.logits[row].astype(np.float64)
-    weights: NDArray[np.float64] = np.exp((z - z[rows.best[row]]) / temperature)
-    return weights / weights.sum()
-
-
-def draw(law: NDArray[np.float64], number: float) -> int:
-    """The token of a law (not 0 everywhere, any sum) at a quantile in [0, 1)."""
-    cumulative = np.cumsum(law)
-    place = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
-    if place == len(law) or not law[place]:  # rounding at the end of the law
-        place = int(np.flatnonzero(law)[-1])
-    return place
-
-
-@dataclass
-class TreeDrafting:
-    """`hasten.speculation.base.Drafting` by trees of a draft model; a subclass grows them.
-
-    Attributes:
-        drawn: draw candidates of requests that sample, since the verifier weighs laws.
-    """
-
-    runtime: DraftModel
-    drawn: bool
-    capture: ClassVar[Sequence[int]] = ()
-    sources: ClassVar[Sequence[str]] = ()
-    independent = False
-    """Siblings are drawn with replacement."""
-
-    def propose_trees(
-        self, sequences: Sequence[Draftable], budgets: Sequence[int], first: DraftRows
-    ) -> list[dict[int, NDArray[np.float64]]]:
-        """Add nodes to the states of sequences, at most ``budget`` (1 or more) each.
-
-        Args:
-            first: what follows the pending token of each.
-
-        Returns:
-            For each sequence the laws of the nodes below which candidates were drawn, by number.
-        """
-        raise NotImplementedError
-
-    def compute(self, states: Sequence[DraftState], nodes: Sequence[Sequence[int]]) -> DraftRows:
-        """`DraftModel.extend`."""
-        return self.runtime.extend(states, nodes)
-
-    def open(self, sequence: Draftable) -> DraftState:
-        return self.runtime.open(sequence)
-
-    def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
-        asked = [i for i, budget in enumerate(budgets) if budget]
-        ready, rows = self.runtime.begin([sequences[i].draft_state for i in asked])
-        trees = [TokenTree.root(sequence.tokens[-1]) for sequence in sequences]
-        if rows is None:
-            return trees
-        chosen = [asked[i] for i in ready]
-        laws = self.propose_trees(
-            [sequences[i] for i in chosen], [budgets[i] for i in chosen], rows
-        )
-        for i, law in zip(chosen, laws, strict=True):
-            trees[i] = self._tree(sequences[i].draft_state, law)
-        return trees
-
-    def _tree(self, state: DraftState, laws: dict[int, NDArray[np.float64]]) -> TokenTree:
-        builder = TreeBuilder(state.token[0])
-        for number in range(1, len(state.parent)):
-            builder.add_drawn(state.parent[number], state.token[number])
-        builder.law = laws
-        tree, state.place = builder.build(self.independent)
-        return tree
-
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        for outcome in outcomes:
-            self.runtime.settle(outcome.sequence.draft_state, outcome)
-
-    def rollback(self, sequence: Draftable, length: int) -> None:
-        self.runtime.rollback(sequence.draft_state, length)
-
-    def close(self, sequence: Draftable) -> None:
-        if sequence.draft_state is not None:
-            self.runtime.close(sequence.draft_state)

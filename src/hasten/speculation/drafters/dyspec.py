@@ -11,15 +11,8 @@ from numpy.typing import NDArray
 from hasten.decoding.sampling import Number, generator
 from hasten.methods import method
 from hasten.speculation.base import Draftable, DraftContext
-from hasten.speculation.draft_model import (
-    DraftModel,
-    DraftRows,
-    DraftState,
-    TreeDrafting,
-    draw,
-    load_draft,
-    tempered_law,
-)
+from hasten.speculation.draft_model import DraftModel, DraftRows, DraftState, load_draft
+from hasten.speculation.draft_trees import TreeDrafting, draw, tempered_law
 
 
 @method(

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hasten.decoding.sampling import Number, generator
 from hasten.methods import method
-from hasten.speculation.base import Draftable, DraftContext, DraftProgress, StopRule
-from hasten.speculation.draft_model import (
-    DraftModel,
-    DraftRows,
-    DraftState,
-    TreeDrafting,
-    draft_law,
-    draw,
-    load_draft,
-)
+from hasten.speculation.base import DraftContext
+from hasten.speculation.draft_model import DraftModel, load_draft
+from hasten.speculation.draft_trees import ChainDrafting
 
 
 @method(
@@ -52,53 +40,3 @@ class ModelDraft:
     def start(self, context: DraftContext) -> ChainDrafting:
         runtime = DraftModel(load_draft(self.path, context), context, self.k)
         return ChainDrafting(runtime, context.drawn, self.k, context.should_stop)
-
-
-@dataclass
-class ChainDrafting(TreeDrafting):
-    """`TreeDrafting` with one candidate a level."""
-
-    k: int
-    should_stop: StopRule
-
-    def propose_trees(
-        self, sequences: Sequence[Draftable], budgets: Sequence[int], first: DraftRows
-    ) -> list[dict[int, NDArray[np.float64]]]:
-        laws: list[dict[int, NDArray[np.float64]]] = [{} for _ in sequences]
-        active, rows, depth = list(range(len(sequences))), first, 0
-        while active:
-            going = []
-            for row, i in enumerate(active):
-                sequence = sequences[i]
-                state: DraftState = sequence.draft_state
-                if not self.runtime.room(state, depth + 1):
-                    continue
-                token, probability = self._next(rows, row, sequence, depth, laws[i])
-                state.add(depth, token)
-                hidden = None if rows.hidden is None else rows.hidden[row]
-                progress = DraftProgress(sequence, depth + 1, probability, hidden)
-                if depth + 1 < min(budgets[i], self.k) and not self.should_stop(progress):
-                    going.append(i)
-            depth += 1
-            active = going
-            if active:
-                states = [sequences[i].draft_state for i in active]
-                rows = self.compute(states, [[depth]] * len(states))
-        return laws
-
-    def _next(
-        self,
-        rows: DraftRows,
-        row: int,
-        sequence: Draftable,
-        depth: int,
-        laws: dict[int, NDArray[np.float64]],
-    ) -> tuple[int, float]:
-        """The candidate after a row and its probability; a law that it was drawn from is kept."""
-        sampler = sequence.sampler
-        if not self.drawn or sampler.greedy:
-            return rows.best[row], rows.probability(row, rows.best[row])
-        law = laws[depth] = draft_law(rows, row, sequence)
-        position = len(sequence.tokens) + depth
-        token = draw(law, generator(sampler.seed, sampler.stream, position, Number.DRAFT).random())
-        return token, float(law[token])

@@ -13,15 +13,8 @@ from numpy.typing import NDArray
 from hasten.decoding.sampling import Number, generator, gumbel
 from hasten.methods import method
 from hasten.speculation.base import Draftable, DraftContext
-from hasten.speculation.draft_model import (
-    DraftModel,
-    DraftRows,
-    DraftState,
-    TreeDrafting,
-    draft_law,
-    draw,
-    load_draft,
-)
+from hasten.speculation.draft_model import DraftModel, DraftRows, DraftState, load_draft
+from hasten.speculation.draft_trees import TreeDrafting, draft_law, draw
 
 Law = NDArray[np.float64]
 
