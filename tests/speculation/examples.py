@@ -48,6 +48,7 @@ def tiny_draft(folder: Path) -> Path:
 PARAMETERS: Needed = {
     "model": lambda folder: f"path={tiny_draft(folder)},k=3",
     "easyspec": lambda folder: f"path={tiny_draft(folder)},k=3",
+    "pearl": lambda folder: f"path={tiny_draft(folder)},k=3",
     "dyspec": lambda folder: f"path={tiny_draft(folder)},n=7",
     "s2d": lambda folder: f"path={tiny_draft(folder)},k=3,exits=1,threshold=0.3",
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",

@@ -222,7 +222,7 @@ class DraftModel:
 
     def room(self, state: DraftState, nodes: int) -> bool:
         """Take pages for as many nodes in all (the pending token not counted)."""
-        return self.cache.reserve(state.stream, len(state.stream.tokens) + nodes)
+        return self.cache.reserve(state.stream, state.stream.computed + nodes)
 
     def extend(self, states: Sequence[DraftState], nodes: Sequence[Sequence[int]]) -> DraftRows:
         """Compute the nodes ``nodes[i]`` of each state; their rows, in this order. Their ancestors
@@ -235,7 +235,7 @@ class DraftModel:
         masked: list[tuple[int, int]] = []  # (row, bits)
         words = 0
         for state, some in zip(states, nodes, strict=True):
-            stream, length = state.stream, len(state.stream.tokens)
+            stream, length = state.stream, state.stream.computed
             for node in some:
                 slot = length + node - 1
                 if state.seen[node] == (1 << node) - 1:  # all nodes before it: a chain
@@ -292,6 +292,18 @@ class DraftModel:
             self.runner.move(self.cache.tables, moves)
         self.cache.commit(state.stream, length + kept)
         state.forget()
+
+    def keep_chain(self, state: DraftState, nodes: int) -> None:
+        """The first nodes of a chain became known, the last of them as the pending token; go on
+        with those behind it."""
+        stream = state.stream
+        stream.computed += nodes
+        # committed without giving pages back: the nodes behind lie on them
+        state.token = state.token[nodes:]
+        state.parent = list(range(-1, len(state.token) - 1))
+        state.depth = list(range(len(state.token)))
+        state.seen = [(1 << node) - 1 for node in range(len(state.token))]
+        state.computed >>= nodes
 
     def _run(self, batch: Batch, runner: Runner) -> DraftRows:
         if self.hidden:
