@@ -60,7 +60,7 @@ def test_level_by_level_fills_the_places_that_a_heap_fills(tiny: Callable[..., D
     model = tiny("llama", seed=3)
     runtime = DraftModel(model, context(model), 64)
     s = sequence([4, 8, 15, 16])
-    drafting = DySpecDrafting(runtime, False, DySpec(n=40, temperature=0.6))
+    drafting = DySpecDrafting(runtime, False, DySpec(n=40, depth=30, temperature=0.6))
     drafting.thresholds[40] = 0.06
     s.draft_state = drafting.open(s)
     (tree,) = drafting.propose([s], [40])
