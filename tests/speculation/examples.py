@@ -6,13 +6,16 @@ parameters have no default that fits gets them here, and only here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from hasten.methods import Card
+from tests.conftest import RandomWeights, tiny_facts
 
 VOCAB = 61
 Needed = dict[str, Callable[[Path], str]]
@@ -20,29 +23,43 @@ Needed = dict[str, Callable[[Path], str]]
 
 @cache
 def tiny_draft(folder: Path) -> Path:
-    """A random one-layer Llama with ``VOCAB`` ids."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A Llama with ``VOCAB`` ids that often agrees with ``tiny("llama")``: the same random weights
+    with some noise."""
+    out = folder / "draft"
+    out.mkdir(exist_ok=True)
+    (out / "config.json").write_text(json.dumps(FACTS))
+    save_file(dict(_weights()), out / "model.safetensors")
+    return out
 
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        eos_token_id=1,
-        bos_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(folder / "draft")
-    return folder / "draft"
+
+FACTS = tiny_facts("llama", intermediate_size=64, max_position_embeddings=512).values
+
+
+def _weights() -> Iterator[tuple[str, torch.Tensor]]:
+    random, noise = RandomWeights(0, 0.25), RandomWeights(1, 0.02)
+    hidden, inner = FACTS["hidden_size"], FACTS["intermediate_size"]
+    heads, kv_heads = FACTS["num_attention_heads"], FACTS["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (VOCAB, hidden),
+    }
+    for layer in range(FACTS["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.self_attn.q_proj.weight": (heads * FACTS["head_dim"], hidden),
+            f"{at}.self_attn.k_proj.weight": (kv_heads * FACTS["head_dim"], hidden),
+            f"{at}.self_attn.v_proj.weight": (kv_heads * FACTS["head_dim"], hidden),
+            f"{at}.self_attn.o_proj.weight": (hidden, heads * FACTS["head_dim"]),
+            f"{at}.mlp.gate_proj.weight": (inner, hidden),
+            f"{at}.mlp.up_proj.weight": (inner, hidden),
+            f"{at}.mlp.down_proj.weight": (hidden, inner),
+        }
+    for name, shape in shapes.items():
+        tensor = random.get(name, shape)
+        yield name, tensor if len(shape) == 1 else tensor + noise.get(name, shape)
 
 
 PARAMETERS: Needed = {
@@ -50,7 +67,7 @@ PARAMETERS: Needed = {
     "easyspec": lambda folder: f"path={tiny_draft(folder)},k=3",
     "pearl": lambda folder: f"path={tiny_draft(folder)},k=3",
     "dyspec": lambda folder: f"path={tiny_draft(folder)},n=7",
-    "s2d": lambda folder: f"path={tiny_draft(folder)},k=3,exits=1,threshold=0.3",
+    "s2d": lambda folder: f"path={tiny_draft(folder)},k=3,exits=1/2,threshold=0.3",
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",
 }
 """Method name -> parameters, given a folder for files."""

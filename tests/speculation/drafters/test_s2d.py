@@ -79,13 +79,13 @@ def test_each_answer_is_that_of_its_exit(tiny: Callable[..., Decoder], threshold
 
 def test_the_same_as_alone(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
     same_as_alone(
-        tiny("llama"), f"s2d(path={tiny_draft(tmp_path)},k=3,exits=1,threshold=0.3)", seed=8
+        tiny("llama"), f"s2d(path={tiny_draft(tmp_path)},k=3,exits=1/2,threshold=0.3)", seed=8
     )
 
 
 def test_exits_are_checked(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
     folder = tiny_draft(tmp_path)
-    for inside, reason in (("", "states no exits"), (",exits=1/2", "must rise and end with")):
+    for inside, reason in (("", "states no exits"), (",exits=2/1", "must rise and end with")):
         with pytest.raises(MethodError, match=reason):
             stack = Stack.parse(f"draft=s2d(path={folder}{inside})")
             Engine(tiny("llama"), stack, EngineConfig(max_sequences=1))
