@@ -45,8 +45,8 @@ def test_chains(tmp_path: Path, verify: str, drawn: bool) -> None:
 def test_the_same_as_alone(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
     folder = tiny_draft(tmp_path)
     target = load_model(folder, progress=False)  # else next to nothing would be carried
-    world = same_as_alone(target, f"pearl(path={folder},k=3)", seed=9)
-    assert world.engine.drafting.carried > 10  # type: ignore[attr-defined]
+    world = same_as_alone(target, f"pearl(path={folder},k=3)", seed=9, least=10)
+    assert world.engine.drafting.carried > 5  # type: ignore[attr-defined]
     same_as_alone(tiny("llama"), f"pearl(path={folder},k=3)", seed=9, least=0)
 
 

@@ -102,6 +102,6 @@ def test_the_same_text_in_fewer_steps(tiny: Callable[..., Decoder]) -> None:
         outputs.append(request.sequences[0].tokens)
         steps.append(engine.stats.steps)
         figures = request.sequences[0].figures
-        assert figures.speculation.accepted == engine.stats.accepted <= engine.stats.drafted
+        assert figures.speculation.accepted == engine.stats.speculation.accepted <= engine.stats.speculation.drafted
     assert outputs[0] == outputs[1]
-    assert steps[1] == steps[0] - engine.stats.accepted < steps[0]
+    assert steps[1] == steps[0] - engine.stats.speculation.accepted < steps[0]
