@@ -22,6 +22,7 @@ test: $(VENV)/.installed-dev
 soak: $(VENV)/.installed-dev
 	HASTEN_EXAMPLES=200 $(BIN)/pytest -s tests/engine/test_randomized.py
 	$(BIN)/pytest -s -m soak tests/engine/test_randomized.py --timeout 7200
+	$(BIN)/pytest -s -m soak tests/speculation --timeout 7200
 
 # Some 50 minutes: storms, fuzzing and streams at full size, overload, and half an hour of load.
 soak-serve: $(VENV)/.installed-dev

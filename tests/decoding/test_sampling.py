@@ -25,6 +25,7 @@ from hasten.decoding.sampling import (
     top_logprobs,
     uniform,
 )
+from tests.decoding.chi_square import chi2
 
 CHI2_ALPHA = 1e-4 / 8  # eight tests of this kind below, Bonferroni; the draws are seeded anyway
 
@@ -242,25 +243,6 @@ def test_uniform_belongs_to_its_place() -> None:
     assert uniform(0, 0, 0) == 0.156742553465558, "a seed must give the same text for ever"
 
 
-def chi2(counts: NDArray[Any], probs: NDArray[Any]) -> float:
-    """p-value of Pearson's test (Wilson-Hilferty); cells with few expected are put together."""
-    total = counts.sum()
-    assert counts[probs == 0].sum() == 0, "an impossible outcome"
-    order = np.argsort(-probs)
-    cells: list[list[float]] = []
-    for i in order[probs[order] > 0]:
-        if cells and (probs[i] * total < 8 or cells[-1][1] < 8):
-            cells[-1][0] += counts[i]
-            cells[-1][1] += probs[i] * total
-        else:
-            cells.append([counts[i], probs[i] * total])
-    freedom = len(cells) - 1
-    assert freedom > 0
-    x = sum((seen - due) ** 2 / due for seen, due in cells)
-    z = ((x / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
-    return 0.5 * math.erfc(z / math.sqrt(2))
-
-
 @pytest.mark.parametrize(
     ("seeds", "streams", "positions"), [(300, 1, 40), (3, 80, 50), (12000, 1, 1)]
 )
@@ -393,6 +375,35 @@ def test_penalties_see_the_output_grow() -> None:
         out.append(sampler.choose(logits, position))
         sampler.push(out[-1])
     assert out == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"min_tokens": 4},
+        {"repetition_penalty": 1.5, "presence_penalty": 0.3, "frequency_penalty": 0.4},
+        {"logit_bias": {3: 2.0}, "temperature": 0},
+    ],
+)
+def test_looking_ahead_is_pushing_on_a_copy(changes: dict[str, Any]) -> None:
+    logits = np.random.default_rng(3).normal(0, 2, 9).astype(np.float32)
+
+    def sampler(output: list[int]) -> Sampler:
+        params = resolved(**{"temperature": 0.8, **changes})
+        made = Sampler(params, [7, 7, 4], frozenset({0}), 0, 0, [[4, 5], [5, 3, 6]])
+        for token in output:
+            made.process(logits)  # what it remembers of the prompt is made by the first look
+            made.push(token)
+        return made
+
+    output, ahead = [1, 2], [5, 3, 3]
+    now = sampler(output)
+    before = now.law(logits)
+    for count in range(4):
+        expected = sampler(output + ahead[:count]).law(logits)
+        assert np.array_equal(now.after(ahead[:count]).law(logits), expected)
+    assert np.array_equal(now.law(logits), before), "the sampler itself stays where it is"
 
 
 def test_plain_is_only_the_bare_argmax() -> None:

@@ -129,7 +129,8 @@ class World:
         )
         self.solo = Engine(
             model,
-            plain.baseline(),
+            # without drafts every verifier is exact, but seeds may give another text with another
+            Stack({**plain.baseline().methods, "verify": plain["verify"]}),
             EngineConfig(max_sequences=8, max_batch_tokens=256, prefix_reuse=False),
         )
         runner = self.solo.executor.runner  # type: ignore[attr-defined]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -263,6 +264,18 @@ class Sampler:
             self._counts[token] = self._counts.get(token, 0) + 1
             if self._seen is not None:
                 self._seen[token] = True
+
+    def after(self, tokens: Iterable[int]) -> Sampler:
+        """What it will be once ``tokens`` became output; itself where the history is not asked."""
+        if not self._processed and len(self._output) >= self.params.min_tokens:
+            return self
+        later = copy(self)
+        later._output = list(self._output)
+        later._counts = dict(self._counts)
+        later._seen = None if self._seen is None else self._seen.copy()
+        for token in tokens:
+            later.push(token)
+        return later
 
     def choose(self, logits: Row, position: int) -> int:
         """The token at ``position``, given the logits of the position before it."""

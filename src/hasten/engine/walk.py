@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +73,9 @@ class SequenceWalk:
 
     def law(self, node: int) -> NDArray[np.float64]:
         return self.sequence.sampler.law(self.rows.logits[self.root + node])
+
+    def ahead(self, node: int, tokens: Seq[int]) -> NDArray[np.float64]:
+        return self.sequence.sampler.after(tokens).law(self.rows.logits[self.root + node])
 
     def accept(self, probability: float) -> bool:
         return self._number() < probability

@@ -230,6 +230,11 @@ class Walk(Protocol):
         """The target's distribution after ``node``, processed and filtered, float64 [V]."""
         ...
 
+    def ahead(self, node: int, tokens: Sequence[int]) -> NDArray[np.float64]:
+        """``law(node)`` as it would be once ``tokens`` were emitted: at a place not yet reached,
+        for rules that compare paths before they take one."""
+        ...
+
     def accept(self, probability: float) -> bool:
         """True with this probability (1 and more: always). Each call takes a fresh random number,
         which depends on seed, sequence, position and the count of calls at the position only and

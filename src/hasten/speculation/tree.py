@@ -34,7 +34,8 @@ class TokenTree:
         law: for nodes whose children were drawn, the probabilities float64 [V] from which the
             first of them was (after the draft's own temperature and filters); it sums to 1.
             Children of other nodes were chosen.
-        independent: the drawn children of a node were drawn with replacement (else without).
+        independent: the drawn children of a node were drawn with replacement (else without), and
+            independently of what was drawn after its siblings, which may carry the same token.
         source: bit set of the drafters that produced each node, empty if there is one.
         auxiliary: nodes that are computed but are no candidates; their descendants are auxiliary,
             too. Empty if there are none.

@@ -8,6 +8,7 @@ from hasten.decoding.params import SamplingParams
 from hasten.methods import method
 from hasten.speculation.base import Walk
 from hasten.speculation.tree import TokenTree
+from hasten.speculation.verification import descend, match
 
 
 @method("sample-match", slot="verify", exact="bitwise", does=("accepts-tokens",))
@@ -24,13 +25,4 @@ class SampleMatch:
         return None
 
     def verify(self, tree: TokenTree, walk: Walk) -> list[int]:
-        path = [0]
-        while True:
-            y = walk.choose(path[-1])
-            ended = walk.emit(path[-1], y)
-            child = next((c for c in tree.children(path[-1]) if tree.token[c] == y), None)
-            if child is None:
-                return path
-            path.append(child)
-            if ended:
-                return path
+        return descend(tree, walk, match)
