@@ -42,7 +42,7 @@ def test_not_one_token_differs(tiny: Callable[..., Decoder], tmp_path: Path, par
         if difference:
             wrong.append(f"{name(row)}: {difference}")
     assert not wrong, f"{len(wrong)} rows differ, the first: {wrong[0]}"
-    assert matrix.accepted > 100 and matrix.preempted and matrix.hits
+    assert matrix.accepted > 5 and matrix.preempted and matrix.hits
 
 
 @pytest.mark.soak

@@ -18,13 +18,15 @@ class Item:
     """One piece of work.
 
     Exactly one of ``prompt`` (text or token ids) and ``turns`` (user messages, answered in order)
-    is given. ``params`` overrides the sampling parameters of the run.
+    is given. ``params`` overrides the sampling parameters of the run. ``category`` says what kind
+    of work it is, for reports.
     """
 
     id: str
     prompt: str | tuple[int, ...] | None = None
     turns: tuple[Any, ...] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
+    category: str = ""
 
 
 @dataclass(slots=True)

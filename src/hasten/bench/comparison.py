@@ -10,6 +10,7 @@ from typing import Any
 from hasten.bench.contestants import Contestant, Run
 from hasten.bench.workloads import Item
 from hasten.decoding.params import SamplingParams
+from hasten.training.validate import ends_in_loop
 
 
 @dataclass
@@ -135,4 +136,55 @@ def table(rows: Sequence[Row]) -> str:
             row.outside or "",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+@dataclass
+class Category:
+    """A kind of work within a comparison.
+
+    Attributes:
+        loops: share of the baseline's outputs that end in a loop, which any drafter guesses.
+        ratios: speed against the baseline on these items, by contestant.
+    """
+
+    name: str
+    items: int
+    loops: float
+    ratios: dict[str, Spread]
+
+
+def by_category(rows: Sequence[Row], items: Sequence[Item]) -> list[Category]:
+    """The comparison for each category of the items. Meant for one item at a time: an item's
+    seconds are then its own."""
+    found: dict[str, list[str]] = {}
+    for item in items:
+        found.setdefault(item.category, []).append(item.id)
+    base = rows[0]
+    categories = []
+    for name, ids in found.items():
+        loops = sum(ends_in_loop(base.runs[0].tokens[i]) for i in ids) / len(ids)
+        ratios = {
+            row.name: Spread(
+                [
+                    sum(plain.spent[i] for i in ids) / sum(run.spent[i] for i in ids)
+                    for run, plain in zip(row.runs, base.runs, strict=True)
+                ]
+            )
+            for row in rows[1:]
+            if row.runs[0].spent
+        }
+        categories.append(Category(name, len(ids), loops, ratios))
+    return categories
+
+
+def category_table(categories: Sequence[Category]) -> str:
+    """Contestants by categories, in Markdown: speed against the baseline, median (min-max)."""
+    head = ["speed against first", *(c.name or "all" for c in categories)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    shares = [f"{100 * c.loops:.0f} % of {c.items}" for c in categories]
+    lines.append("| plain outputs that end in a loop | " + " | ".join(shares) + " |")
+    for name in categories[0].ratios:
+        cells = [f"{c.ratios[name]}x" for c in categories]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)

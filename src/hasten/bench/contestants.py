@@ -27,6 +27,7 @@ class Run:
         tokens: output token ids, by item.
         ttft: seconds to the first token, by item.
         tpot: seconds per token after the first, by item that took at least two steps.
+        spent: seconds in the engine, of all turns, by item; of use where one runs at a time.
         accepted, passes: accepted drafts and target passes, where drafts are used.
         outside: share of the step time that was not the model's forward, where known.
     """
@@ -35,6 +36,7 @@ class Run:
     tokens: dict[str, list[int]]
     ttft: list[float] = field(default_factory=list)
     tpot: list[float] = field(default_factory=list)
+    spent: dict[str, float] = field(default_factory=dict)
     accepted: int = 0
     passes: int = 0
     outside: float | None = None
@@ -80,8 +82,12 @@ class HastenContestant:
             run.tokens[event.progress.item.id] = [
                 t for result in event.progress.results for t in result.outputs[0].token_ids
             ]
+            spent = 0.0
             for result in event.progress.results:
-                _note_times(run, result.outputs[0].figures)
+                figures = result.outputs[0].figures
+                _note_times(run, figures)
+                spent += figures.token_times[-1] - (figures.scheduled or figures.arrived)
+            run.spent[event.progress.item.id] = spent
         run.seconds = time.perf_counter() - began
         run.accepted, run.passes = drafts.accepted - accepted, drafts.passes - passes
         spent = stats.step_seconds - step

@@ -8,41 +8,60 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from hasten.bench.comparison import Row, table
+from hasten.bench.comparison import Category, Row, category_table, table
 from hasten.bench.conditions import Conditions, conditions
 
 
-def write(folder: Path, title: str, rows: Sequence[Row], note: str = "") -> list[Path]:
+def write(
+    folder: Path,
+    title: str,
+    rows: Sequence[Row],
+    note: str = "",
+    categories: Sequence[Category] = (),
+) -> list[Path]:
     """Write ``report.md``, ``report.json`` and ``report.png`` into a folder; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     under = conditions()
     markdown = folder / "report.md"
     image = _plot(folder / "report.png", title, rows)
+    kinds = f"{category_table(categories)}\n\n" if categories else ""
     picture = f"\n![{title}](report.png)\n" if image else ""
     markdown.write_text(
-        f"# {title}\n\n{note}\n\n{table(rows)}\n{picture}\n"
+        f"# {title}\n\n{note}\n\n{table(rows)}\n{picture}\n{kinds}"
         f"Median (min-max) over {len(rows[0].runs)} interleaved rounds.\n\n{under.markdown()}"
     )
     data = folder / "report.json"
-    data.write_text(json.dumps({"title": title, **as_json(rows, under)}, indent=1))
+    data.write_text(json.dumps({"title": title, **as_json(rows, under, categories)}, indent=1))
     return [markdown, data, *([image] if image else [])]
 
 
-def beside_peers(absent: Sequence[str]) -> str:
-    """What a report says where other engines take part: memory's speed now, and who is missing."""
+def beside_peers() -> str:
+    """What a report says where other engines take part: how they run, and memory's speed now."""
     from hasten import _native
 
     speed = _native.read_bandwidth(1 << 30) / 1e9
-    said = (
+    return (
         "; other engines take the prompts in groups that run to their end together; a plain read "
         f"of memory reaches {speed:.1f} GB/s in these minutes"
     )
-    return said + "".join(f"; without {line}" for line in absent)
 
 
-def as_json(rows: Sequence[Row], under: Conditions) -> dict[str, Any]:
+def as_json(
+    rows: Sequence[Row], under: Conditions, categories: Sequence[Category] = ()
+) -> dict[str, Any]:
     """Rows and conditions as plain values; every figure is a list with one entry per round."""
-    return {"conditions": vars(under), "rows": [_row(row) for row in rows]}
+    found: dict[str, Any] = {"conditions": vars(under), "rows": [_row(row) for row in rows]}
+    if categories:
+        found["categories"] = [
+            {
+                "name": c.name,
+                "items": c.items,
+                "loops": c.loops,
+                "ratios": {name: spread.values for name, spread in c.ratios.items()},
+            }
+            for c in categories
+        ]
+    return found
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from hasten.api.run_items import Item
 from hasten.decoding.params import SamplingParams
 from hasten.training.corpus import SourceFile, split, standard_library
+from hasten.training.tasks import all_tasks
 
 
 class WorkloadError(ValueError):
@@ -49,12 +50,41 @@ def code(count: int = 64, seed: int = 0) -> list[Item]:
         prompts["".join(lines[start : at + 1])] = None
     if len(prompts) < count:
         raise WorkloadError(f"there are {len(prompts)} different prompts, not {count}")
-    return [Item(f"code-{i}", prompt) for i, prompt in enumerate(prompts)]
+    return [Item(f"code-{i}", prompt, category="code") for i, prompt in enumerate(prompts)]
 
 
 @cache
 def _held_out_files() -> list[SourceFile]:
     return split(standard_library())[1]
+
+
+TASKS = {
+    "copy.block": "copy",
+    "edit": "edit",
+    "retrieve.pairs": "key-value",
+    "passage": "passages",
+    "json": "json",
+    "chat": "chat",
+}
+"""Generated tasks of the workload ``tasks``, with the categories that reports name."""
+
+
+def tasks(count: int = 60, seed: int = 0, length: int = 384) -> list[Item]:
+    """Generated tasks with answers that need their context: copies and edits of code, look-ups,
+    questions about passages, JSON, chat; the categories take turns.
+
+    They are of the kinds that the bundled models were trained on, with fresh random parts and, for
+    edits, code that was held out. ``length`` is about what prompt and answer have in tokens.
+    """
+    rng = random.Random(f"tasks {seed}")
+    held_out = [file.text for file in _held_out_files()]
+    made = {task.name: task for task, _ in all_tasks(held_out)}
+    items = []
+    for number in range(count):
+        name, category = list(TASKS.items())[number % len(TASKS)]
+        sample = made[name].generate(rng, length, 1)
+        items.append(Item(f"{category}-{number}", sample.prompt, category=category))
+    return items
 
 
 def spec_bench(count: int | None = None) -> list[Item]:
@@ -73,7 +103,11 @@ def random_tokens(count: int, length: int, output: int, vocab: int, seed: int = 
     ]
 
 
-WORKLOADS: dict[str, Callable[..., list[Item]]] = {"code": code, "spec-bench": spec_bench}
+WORKLOADS: dict[str, Callable[..., list[Item]]] = {
+    "code": code,
+    "tasks": tasks,
+    "spec-bench": spec_bench,
+}
 """Workloads that need nothing but a count, by the name that the command line uses."""
 
 
@@ -99,7 +133,7 @@ def read_items(path: Path) -> Iterator[Item]:
     """Lines of a JSONL file: ``prompt`` (text or token ids), ``turns`` or ``messages``.
 
     ``id`` (or ``question_id``) names the line, else its number does; ``params`` holds sampling
-    parameters.
+    parameters; ``category`` is for reports.
 
     Raises:
         WorkloadError: the file is missing, a line is not one of these, or an id comes twice; it
@@ -149,18 +183,19 @@ def _item(line: str, where: str, number: int) -> Item:
     if len(given) != 1:
         raise WorkloadError(f"{where}: needs exactly one of 'prompt', 'turns' and 'messages'")
     value = row[given[0]]
+    category = str(row.get("category", ""))
     if given[0] == "prompt":
         if isinstance(value, list) and all(type(t) is int for t in value):
-            return Item(name, tuple(value), params=params)
+            return Item(name, tuple(value), params=params, category=category)
         if isinstance(value, str):
-            return Item(name, value, params=params)
+            return Item(name, value, params=params, category=category)
         raise WorkloadError(f"{where}: 'prompt' must be text or a list of token ids")
     if not isinstance(value, list) or not value:
         raise WorkloadError(f"{where}: '{given[0]}' must be a list with something in it")
     if given[0] == "messages":
         if not all(isinstance(message, dict) for message in value):
             raise WorkloadError(f"{where}: 'messages' must hold objects with 'role' and 'content'")
-        return Item(name, turns=(value,), params=params)
+        return Item(name, turns=(value,), params=params, category=category)
     if not all(isinstance(turn, str) for turn in value):
         raise WorkloadError(f"{where}: 'turns' must hold the user's texts")
-    return Item(name, turns=tuple(value), params=params)
+    return Item(name, turns=tuple(value), params=params, category=category)

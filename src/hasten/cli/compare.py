@@ -17,11 +17,20 @@ from hasten.stack import with_weights
 
 def compare(
     stacks: Annotated[
-        list[str], typer.Argument(help="Stacks; the first is the baseline. 'plain' is no choices.")
-    ],
+        list[str] | None,
+        typer.Argument(help="Stacks; the first is the baseline. 'plain' is no choices."),
+    ] = None,
     workload: Annotated[
-        str, typer.Option("--workload", "-w", help="code, spec-bench, or a JSONL file.")
+        str, typer.Option("--workload", "-w", help="code, tasks, spec-bench, or a JSONL file.")
     ] = "code",
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            help="Drafters to add to the first stack, such as 'aded+copyspec', or 'all': each is a "
+            "row. Those that need a file which is not there are named below the table.",
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Prompts of the workload to use.")] = 16,
     model: o.Model = "reference",
     weights: o.WeightsText = None,
@@ -50,10 +59,19 @@ def compare(
     Every stack runs once per round in rotating order, so that a machine whose speed drifts
     treats them alike. Decoding is greedy.
 
-    Example: hasten compare plain draft=prompt-lookup select=sink-window -w code
+    Examples:
+
+      hasten compare plain draft=prompt-lookup select=sink-window -w code
+
+      hasten compare --draft all --workload spec-bench --batch 1
+
+    With --batch 1 and prompts of several kinds there is a second table, by kind.
     """
     with o.one_line_errors():
-        stacks = [text for given in stacks if (text := with_weights(given, weights)) is not None]
+        given = list(stacks or ["plain"])
+        if draft is not None:
+            given += [f"{given[0]},draft={name}" for name in _drafters(draft)]
+        stacks = [text for one in given if (text := with_weights(one, weights)) is not None]
         from hasten.bench import workloads
 
         if workload in workloads.WORKLOADS:
@@ -71,6 +89,7 @@ def compare(
         from hasten.bench import comparison, report
         from hasten.bench.contestants import Contestant, HastenContestant, peer_contestants
         from hasten.bench.peers.engines import Setup
+        from hasten.methods import MethodError
         from hasten.stack import Stack
 
         chosen = [str(Stack.parse(text)) for text in stacks]
@@ -82,34 +101,58 @@ def compare(
         params = o.sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=peers)
         contestants: list[Contestant] = []
         fronts: list[Frontend] = []
-        for text in stacks:
-            front = Frontend(
-                model,
-                stack=text,
-                max_sequences=batch,
-                max_length=max_length,
-                kv_bytes=kv_bytes,
-                share=fronts,
-            )
+        absent: list[str] = []
+        asked = len(stacks) if draft is None else len(given) - len(_drafters(draft))
+        for place, text in enumerate(stacks):
+            try:
+                front = Frontend(
+                    model,
+                    stack=text,
+                    max_sequences=batch,
+                    max_length=max_length,
+                    kv_bytes=kv_bytes,
+                    share=fronts,
+                )
+            except MethodError as error:
+                if place < asked:
+                    raise
+                absent.append(str(error))
+                continue
             fronts.append(front)
             contestants.append(HastenContestant(str(front.stack), front))
-        absent: list[str] = []
         with ExitStack() as open_peers:
             if setup is not None:
-                running, absent = open_peers.enter_context(
+                running, missing = open_peers.enter_context(
                     peer_contestants(fronts[0], items, max_tokens, batch, setup, convert)
                 )
                 contestants += running
+                absent += missing
             with o.line_of_rounds(rounds) as show:
                 rows = comparison.compare(contestants, items, params, rounds, show)
         shape = f"{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens, greedy"
         if setup is not None:
-            shape += report.beside_peers(absent)
+            shape += report.beside_peers()
+        shape += "".join(f"; without {line}" for line in absent)
+        kinds = []
+        if batch == 1 and len({item.category for item in items}) > 1:
+            kinds = comparison.by_category(rows, items)
         if as_json:
-            print(json.dumps({"shape": shape} | report.as_json(rows, report.conditions())))
+            found = report.as_json(rows, report.conditions(), kinds)
+            print(json.dumps({"shape": shape} | found))
         else:
             print(comparison.table(rows))
+            if kinds:
+                print(f"\n{comparison.category_table(kinds)}")
             print(f"\n{shape}; {rounds} rounds.\n{report.conditions().markdown()}")
         if output is not None:
-            for path in report.write(output, f"{model}: {workload}", rows, f"{shape}."):
+            for path in report.write(output, f"{model}: {workload}", rows, f"{shape}.", kinds):
                 print(f"wrote {path}", file=sys.stderr)
+
+
+def _drafters(text: str) -> list[str]:
+    """Names of drafters: ``all`` (but none), or some joined by ``+``."""
+    if text != "all":
+        return [name.strip() for name in text.split("+")]
+    from hasten.methods import cards
+
+    return [card.name for card in cards("draft") if card.name != "none"]
