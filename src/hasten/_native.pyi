@@ -209,3 +209,49 @@ def read_bandwidth(bytes: int = ..., repeats: int = ...) -> float:
 def rtn(
     values: Tensor, group: int, clips: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None
 ) -> None: ...
+
+class TrigramCorpus:
+    """The immutable table of a text; see ``hasten.speculation.trigrams`` for its tensors."""
+
+    def __init__(self, pairs: Tensor, offsets: Tensor, tokens: Tensor, weights: Tensor) -> None: ...
+    def __len__(self) -> int:
+        """Pairs."""
+
+class Trigrams:
+    """A table that adapts, over a corpus or over nothing; csrc/trigrams.h has the rules."""
+
+    def __init__(
+        self,
+        corpus: TrigramCorpus | None,
+        *,
+        successors: int,
+        boost: float,
+        cap: float,
+        decay: float,
+        backoff: float,
+        pairs: int,
+        iterations: int,
+        depth: int,
+        prefixes: int,
+        c1: float,
+        c2: float,
+    ) -> None: ...
+    def __len__(self) -> int:
+        """Pairs that it has changed."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def absorb(self, tokens: list[int]) -> None:
+        """Boost every tri-gram of a text."""
+
+    def add_rows(self, before: list[int], last: list[int], ids: Tensor, amounts: Tensor) -> None:
+        """Boost what may follow (before[i], last[i]): ids int64 [n, k] by amounts float32."""
+
+    def successors(self, a: int, b: int) -> list[tuple[int, float]]:
+        """What may follow, heaviest first."""
+
+    def search(self, a: int, b: int, budget: int, key: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of a tree below the token b, by Monte-Carlo tree search."""
+
+    def beam(self, a: int, b: int, budget: int) -> tuple[list[int], list[int]]:
+        """The same, of the likeliest paths."""
