@@ -171,7 +171,7 @@ def _measure(
     achieved, achievable = bandwidth_share(front.engine)
     shape = f"{count} prompts of {input_len} tokens, {output_len} generated, batch {batch}"
     if setup is not None:
-        shape += report.beside_peers(absent)
+        shape += report.beside_peers() + "".join(f"; without {line}" for line in absent)
     share = (
         f"decode steps move {achieved / 1e9:.1f} GB/s, {100 * achieved / achievable:.0f} % of the "
         f"{achievable / 1e9:.1f} GB/s that a plain read of as many bytes reaches"
