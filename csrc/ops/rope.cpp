@@ -1,5 +1,5 @@
-// Rotates queries and keys and writes keys and values to their pages.
-#include "ops.h"
+// Norms and rotates queries and keys, and writes keys and values to their pages.
+#include "norm.h"
 #include "quantize.h"
 
 namespace hasten {
@@ -55,18 +55,29 @@ struct Writer<int8_t> {
     }
 };
 
+void norm_spans(const float* x, int64_t size, const Norm& norm, float eps, float* out) {
+    for (int64_t i = 0; i < size; i += norm.size)
+        row_norm(x + i, norm.weight, eps, norm.size, nullptr, out + i);
+}
+
 template <class T>
 void append_of(const AppendArgs& a) {
     const Pages& g = a.pages;
     const int64_t kv_heads = g.groups * g.heads;
     const int64_t work = a.rows * ((a.q_heads + 2 * kv_heads) * g.dim + kv_heads * g.v_dim);
     parallel(a.rows, 1, work, [&](int64_t begin, int64_t end) {
-        float* key = (float*)scratch(size_t(g.dim) * 4);
+        float* keys = (float*)scratch(size_t(kv_heads * g.dim) * 4);
         for (int64_t row = begin; row < end; row++) {
             const float* cos = a.cos + a.positions[row] * a.half;
             const float* sin = a.sin + a.positions[row] * a.half;
-            for (int64_t h = 0; h < a.q_heads; h++)
-                rotate(a.q + row * a.q_stride + h * g.dim, cos, sin, a.half);
+            float* q = a.q + row * a.q_stride;
+            if (a.q_norm.weight) norm_spans(q, a.q_heads * g.dim, a.q_norm, a.eps, q);
+            for (int64_t h = 0; h < a.q_heads; h++) rotate(q + h * g.dim, cos, sin, a.half);
+            const float* k = a.k + row * a.k_stride;
+            if (a.k_norm.weight)
+                norm_spans(k, kv_heads * g.dim, a.k_norm, a.eps, keys);
+            else
+                memcpy(keys, k, size_t(kv_heads * g.dim) * 4);
             const int64_t block = a.slots[row] / PAGE, at = a.slots[row] % PAGE;
             for (int64_t h = 0; h < kv_heads; h++) {
                 const int64_t page =
@@ -74,8 +85,7 @@ void append_of(const AppendArgs& a) {
                 const int64_t index = page * g.heads + h % g.heads;
                 const Writer<T> write{g, (char*)g.k + index * g.k_page(),
                                       (char*)g.v + index * g.v_page(), at};
-                const float* k = a.k + row * a.k_stride + h * g.dim;
-                memcpy(key, k, size_t(g.dim) * 4);
+                float* key = keys + h * g.dim;
                 if (a.rotate_keys) rotate(key, cos, sin, a.half);
                 write.key(key);
                 write.value(a.v + row * a.v_stride + h * g.v_dim);
