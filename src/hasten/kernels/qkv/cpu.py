@@ -28,12 +28,15 @@ def qkv(
 ) -> Tensor:
     parts = w.parts if isinstance(w, StackedWeight) else (w,)
     matrices = [implementation(part, "cpu", x).matrix(part) for part in parts]
+    q_norm, k_norm, eps = norms or (None, None, 0.0)
     heads = torch.empty((x.shape[0], w.n // head_dim, head_dim))
     _native.qkv(
         x,
         matrices,
         bias,
-        *(norms or (None, None, 0.0)),
+        q_norm,
+        k_norm,
+        eps,
         cos,
         sin,
         positions,
