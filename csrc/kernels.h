@@ -176,14 +176,22 @@ struct Pages {
     int64_t v_page() const { return PAGE * padded * item(); }
 };
 
+// A root-mean-square norm of spans of numbers, each as long as the weight.
+struct Norm {
+    const float* weight;  // [size] or null: none
+    int64_t size;
+};
+
 struct AppendArgs {
     Pages pages;
     float* q;  // [rows, q_heads, dim]
     int64_t q_stride, q_heads;
     const float *k, *v;  // [rows, groups * heads, dim] and [.., v_dim]
     int64_t k_stride, v_stride;
-    const float *cos, *sin;  // [positions, half]
-    int64_t half, rows;
+    Norm q_norm, k_norm;  // before the rotation, of a row's queries and of its keys
+    float eps;
+    const float *cos, *sin;  // [angles, half]
+    int64_t angles, half, rows;
     bool rotate_keys;  // or store them as they are
     const int32_t *positions, *slots, *table_row;
 };

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "matrix.h"
 
 namespace hasten {
 namespace {
@@ -15,7 +16,9 @@ struct Packed {
     PackedShape shape;
 
     int64_t bytes() const { return shape.size() * (shape.bf16 ? 2 : 4); }
-    LinearArgs args() const { return {shape.n, shape.k, shape.bf16}; }
+    Weights<LinearArgs> weights() const {
+        return {{shape.n, shape.k, shape.bf16}, data, bytes()};
+    }
 };
 
 bool is_bf16(const Tensor& w) {
@@ -37,34 +40,16 @@ Packed packed(nb::handle object, int64_t n, int64_t k, bool gated = false) {
     return {w.as<void>(), shape};
 }
 
-void linear(nb::handle x_, nb::handle w_, int64_t n, int64_t k, nb::handle bias_, nb::handle add_,
-            nb::handle out_) {
-    const Packed w = packed(w_, n, k);
-    Tensor x("x", x_), out("out", out_);
-    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
-    out.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1);
-    LinearArgs a = w.args();
-    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
-    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
-    if (!add_.is_none()) {
-        Tensor add("add", add_);
-        part.add = add.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1).floats();
-        a.add_stride = add.stride(0);
-    }
-    launch("linear", w.bytes(), [a, part] { kernels().linear(a, &part, 1); });
+Matrix matrix(nb::object w, int64_t n, int64_t k) { return {packed(w, n, k).weights(), w}; }
+
+void linear(nb::handle x, nb::handle w, int64_t n, int64_t k, nb::handle bias, nb::handle add,
+            nb::handle out) {
+    launch_linear(packed(w, n, k).weights(), x, bias, add, out);
 }
 
-void linear_gated(nb::handle x_, nb::handle w_, int64_t n, int64_t k, nb::handle bias_,
-                  const std::string& kind, nb::handle out_) {
-    const Packed w = packed(w_, n, k, true);
-    Tensor x("x", x_), out("out", out_);
-    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
-    out.is(Type::f32).has_shape({x.shape(0), n / 2}).contiguous(1);
-    LinearArgs a = w.args();
-    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
-    a.gate = gate_of(kind);
-    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
-    launch("linear_gated", w.bytes(), [a, part] { kernels().linear(a, &part, 1); });
+void linear_gated(nb::handle x, nb::handle w, int64_t n, int64_t k, nb::handle bias,
+                  const std::string& kind, nb::handle out) {
+    launch_gated(packed(w, n, k, true).weights(), kind, x, bias, out);
 }
 
 void linear_grouped(nb::handle x_, nb::handle w_, int64_t n, int64_t k, nb::handle out_) {
@@ -152,6 +137,8 @@ void embed_(nb::handle ids_, nb::handle w_, int64_t n, int64_t k, nb::handle out
 void bind_linear(nb::module_& m) {
     using namespace nanobind::literals;
     nb::class_<TensorList>(m, "TensorList").def(nb::init<nb::list>(), "tensors"_a);
+    nb::class_<Matrix>(m, "Matrix");
+    m.def("matrix", &matrix, "w"_a, "n"_a, "k"_a);
     m.def("linear", &linear, "x"_a, "w"_a, "n"_a, "k"_a, "bias"_a.none(), "add"_a.none(), "out"_a);
     m.def("linear_gated", &linear_gated, "x"_a, "w"_a, "n"_a, "k"_a, "bias"_a.none(), "kind"_a,
           "out"_a);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "matrix.h"
 
 namespace hasten {
 namespace {
@@ -33,32 +34,22 @@ BlockStream stream(nb::handle data_, const std::string& kind, int64_t n, int64_t
     return s;
 }
 
-void linear_blocks(nb::handle x_, nb::handle w_, const std::string& kind, int64_t n, int64_t k,
-                   nb::handle bias_, nb::handle add_, nb::handle out_) {
-    const BlockStream w = stream(w_, kind, n, k, false);
-    Tensor x("x", x_), out("out", out_);
-    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
-    out.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1);
-    BlocksArgs a{w.kind, n, k};
-    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
-    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
-    if (!add_.is_none()) {
-        Tensor add("add", add_);
-        part.add = add.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1).floats();
-        a.add_stride = add.stride(0);
-    }
-    launch("linear", w.bytes(), [a, part] { kernels().linear_blocks(a, &part, 1); });
+Weights<BlocksArgs> weights(const BlockStream& w) {
+    return {{w.kind, w.n, w.k}, w.data, w.bytes()};
 }
 
-void linear_blocks_gated(nb::handle x_, nb::handle w_, const std::string& kind, int64_t n,
-                         int64_t k, nb::handle bias_, const std::string& gate, nb::handle out_) {
-    const BlockStream w = stream(w_, kind, n, k, true);
-    Tensor x("x", x_), out("out", out_);
-    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
-    out.is(Type::f32).has_shape({x.shape(0), n / 2}).contiguous(1);
-    BlocksArgs a{w.kind, n, k, gate_of(gate), x.stride(0), out.stride(0)};
-    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
-    launch("linear_gated", w.bytes(), [a, part] { kernels().linear_blocks(a, &part, 1); });
+Matrix matrix(nb::object w, const std::string& kind, int64_t n, int64_t k) {
+    return {weights(stream(w, kind, n, k, false)), w};
+}
+
+void linear_blocks(nb::handle x, nb::handle w, const std::string& kind, int64_t n, int64_t k,
+                   nb::handle bias, nb::handle add, nb::handle out) {
+    launch_linear(weights(stream(w, kind, n, k, false)), x, bias, add, out);
+}
+
+void linear_blocks_gated(nb::handle x, nb::handle w, const std::string& kind, int64_t n, int64_t k,
+                         nb::handle bias, const std::string& gate, nb::handle out) {
+    launch_gated(weights(stream(w, kind, n, k, true)), gate, x, bias, out);
 }
 
 void linear_blocks_experts(nb::handle x_, const TensorList& weights, const std::string& kind,
@@ -76,7 +67,7 @@ void linear_blocks_experts(nb::handle x_, const TensorList& weights, const std::
     a.x_stride = rows.x_stride, a.out_stride = rows.out_stride;
     launch("linear_experts", rows.most_weights() * w.bytes(), [a, rows] {
         const std::vector<LinearPart> parts = rows.parts();
-        kernels().linear_blocks(a, parts.data(), int64_t(parts.size()));
+        run(a, parts.data(), int64_t(parts.size()));
     });
 }
 
@@ -112,6 +103,7 @@ void embed_blocks(nb::handle ids_, nb::handle w_, const std::string& kind, int64
 
 void bind_linear_blocks(nb::module_& m) {
     using namespace nanobind::literals;
+    m.def("matrix_blocks", &matrix, "w"_a, "kind"_a, "n"_a, "k"_a);
     m.def("linear_blocks", &linear_blocks, "x"_a, "w"_a, "kind"_a, "n"_a, "k"_a, "bias"_a.none(),
           "add"_a.none(), "out"_a);
     m.def("linear_blocks_gated", &linear_blocks_gated, "x"_a, "w"_a, "kind"_a, "n"_a, "k"_a,

@@ -6,6 +6,7 @@
 
 #include "../streams.h"
 #include "experts.h"
+#include "matrix.h"
 
 namespace hasten {
 namespace {
@@ -31,39 +32,21 @@ Stream stream(nb::handle data_, int64_t n, int64_t k, int64_t group, bool asymme
 
 QuantizedArgs args(const Stream& w) { return {w.n, w.k, w.group, w.asymmetric}; }
 
-void run(const QuantizedArgs& a, const LinearPart* parts, int64_t count) {
-    (a.group ? kernels().linear_int4 : kernels().linear_int8)(a, parts, count);
+Weights<QuantizedArgs> weights(const Stream& w) { return {args(w), w.data, w.bytes()}; }
+
+Matrix matrix(nb::object w, int64_t n, int64_t k, int64_t group, bool asymmetric) {
+    return {weights(stream(w, n, k, group, asymmetric, false)), w};
 }
 
-void linear_quantized(nb::handle x_, nb::handle w_, int64_t n, int64_t k, int64_t group,
-                      bool asymmetric, nb::handle bias_, nb::handle add_, nb::handle out_) {
-    const Stream w = stream(w_, n, k, group, asymmetric, false);
-    Tensor x("x", x_), out("out", out_);
-    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
-    out.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1);
-    QuantizedArgs a = args(w);
-    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
-    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
-    if (!add_.is_none()) {
-        Tensor add("add", add_);
-        part.add = add.is(Type::f32).has_shape({x.shape(0), n}).contiguous(1).floats();
-        a.add_stride = add.stride(0);
-    }
-    launch("linear", w.bytes(), [a, part] { run(a, &part, 1); });
+void linear_quantized(nb::handle x, nb::handle w, int64_t n, int64_t k, int64_t group,
+                      bool asymmetric, nb::handle bias, nb::handle add, nb::handle out) {
+    launch_linear(weights(stream(w, n, k, group, asymmetric, false)), x, bias, add, out);
 }
 
-void linear_quantized_gated(nb::handle x_, nb::handle w_, int64_t n, int64_t k, int64_t group,
-                            bool asymmetric, nb::handle bias_, const std::string& kind,
-                            nb::handle out_) {
-    const Stream w = stream(w_, n, k, group, asymmetric, true);
-    Tensor x("x", x_), out("out", out_);
-    x.is(Type::f32).has_shape({-1, k}).contiguous(1);
-    out.is(Type::f32).has_shape({x.shape(0), n / 2}).contiguous(1);
-    QuantizedArgs a = args(w);
-    LinearPart part{x.floats(), x.shape(0), w.data, optional_bias(bias_, n), nullptr, out.floats()};
-    a.gate = gate_of(kind);
-    a.x_stride = x.stride(0), a.out_stride = out.stride(0);
-    launch("linear_gated", w.bytes(), [a, part] { run(a, &part, 1); });
+void linear_quantized_gated(nb::handle x, nb::handle w, int64_t n, int64_t k, int64_t group,
+                            bool asymmetric, nb::handle bias, const std::string& kind,
+                            nb::handle out) {
+    launch_gated(weights(stream(w, n, k, group, asymmetric, true)), kind, x, bias, out);
 }
 
 void linear_quantized_experts(nb::handle x_, const TensorList& weights, int64_t n, int64_t k,
@@ -144,6 +127,7 @@ void embed_quantized(nb::handle ids_, nb::handle w_, int64_t n, int64_t k, int64
 
 void bind_linear_quantized(nb::module_& m) {
     using namespace nanobind::literals;
+    m.def("matrix_quantized", &matrix, "w"_a, "n"_a, "k"_a, "group"_a, "asymmetric"_a);
     m.def("linear_quantized", &linear_quantized, "x"_a, "w"_a, "n"_a, "k"_a, "group"_a, "asymmetric"_a,
           "bias"_a.none(), "add"_a.none(), "out"_a);
     m.def("linear_quantized_gated", &linear_quantized_gated, "x"_a, "w"_a, "n"_a, "k"_a, "group"_a,

@@ -3,7 +3,7 @@
 #include <utility>
 #include <vector>
 
-#include "bindings.h"
+#include "matrix.h"
 
 namespace hasten {
 namespace {
@@ -69,41 +69,109 @@ void check_slot(const char* name, int64_t i, int64_t slot, int64_t table_row, co
     }
 }
 
-void check_append(const AppendArgs& a, int64_t angles) {
+void check_append(const AppendArgs& a) {
     const Pages& g = a.pages;
     check_table_rows(a.table_row, a.rows, g.tables);
     for (int64_t i = 0; i < a.rows; i++) {
-        if (a.positions[i] < 0 || a.positions[i] >= angles)
-            fail(where("positions", i, a.positions[i]) + ", but cos has " + text(angles) + " rows");
+        if (a.positions[i] < 0 || a.positions[i] >= a.angles)
+            fail(where("positions", i, a.positions[i]) + ", but cos has " + text(a.angles) +
+                 " rows");
         check_slot("slots", i, a.slots[i], a.table_row[i], g.table, g.groups, g.blocks, g.pages);
     }
 }
 
-void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos_, nb::handle sin_,
-            nb::handle positions_, nb::handle slots_, nb::handle table_row_, nb::handle table_,
-            nb::handle k_pages_, nb::handle v_pages_, bool rotate_keys) {
+// What an append needs beside queries, keys and values: `rows` and the rest of its arguments.
+void take_places(AppendArgs& a, int64_t rows, nb::handle cos_, nb::handle sin_,
+                 nb::handle positions_, nb::handle slots_, nb::handle table_row_) {
+    Tensor cos("cos", cos_), sin("sin", sin_);
+    cos.is(Type::f32).has_dims(2).contiguous();
+    sin.is(Type::f32).has_shape({cos.shape(0), cos.shape(1)}).contiguous();
+    if (2 * cos.shape(1) > a.pages.dim)
+        cos.fail("rotates " + text(2 * cos.shape(1)) + " of " + text(a.pages.dim) + " dimensions");
+    a.cos = cos.floats(), a.sin = sin.floats(), a.angles = cos.shape(0), a.half = cos.shape(1);
+    a.rows = rows;
+    a.positions = row_ints("positions", positions_, rows);
+    a.slots = row_ints("slots", slots_, rows);
+    a.table_row = row_ints("table_row", table_row_, rows);
+}
+
+void append(nb::handle q_, nb::handle k_, nb::handle v_, nb::handle cos, nb::handle sin,
+            nb::handle positions, nb::handle slots, nb::handle table_row, nb::handle table,
+            nb::handle k_pages, nb::handle v_pages, bool rotate_keys) {
     AppendArgs a{};
-    Tensor q("q", q_), k("k", k_), v("v", v_), cos("cos", cos_), sin("sin", sin_);
-    Pages& g = a.pages = pages_of(k_pages_, v_pages_, table_, v.has_dims(3).shape(2));
+    Tensor q("q", q_), k("k", k_), v("v", v_);
+    const Pages& g = a.pages = pages_of(k_pages, v_pages, table, v.has_dims(3).shape(2));
     const int64_t rows = q.has_dims(3).shape(0), kv_heads = g.groups * g.heads;
     q.is(Type::f32).has_shape({rows, -1, g.dim}).contiguous(1);
     k.is(Type::f32).has_shape({rows, kv_heads, g.dim}).contiguous(1);
     v.is(Type::f32).has_shape({rows, kv_heads, g.padded ? g.v_dim : 0}).contiguous(1);
-    cos.is(Type::f32).has_dims(2).contiguous();
-    sin.is(Type::f32).has_shape({cos.shape(0), cos.shape(1)}).contiguous();
-    if (2 * cos.shape(1) > g.dim)
-        cos.fail("rotates " + text(2 * cos.shape(1)) + " of " + text(g.dim) + " dimensions");
     a.q = q.floats(), a.q_stride = q.stride(0), a.q_heads = q.shape(1);
     a.k = k.floats(), a.k_stride = k.stride(0);
     a.v = v.floats(), a.v_stride = v.stride(0);
-    a.cos = cos.floats(), a.sin = sin.floats(), a.half = cos.shape(1), a.rows = rows;
     a.rotate_keys = rotate_keys;
-    a.positions = row_ints("positions", positions_, rows);
-    a.slots = row_ints("slots", slots_, rows);
-    a.table_row = row_ints("table_row", table_row_, rows);
-    const int64_t angles = cos.shape(0);
-    launch("append", 0, [a, angles] {
-        check_append(a, angles);
+    take_places(a, rows, cos, sin, positions, slots, table_row);
+    launch("append", 0, [a] {
+        check_append(a);
+        kernels().append(a);
+    });
+}
+
+// The weight of a norm over spans of `size` numbers, each as long as the weight.
+Norm norm_of(const char* name, nb::handle weight_, int64_t size) {
+    if (weight_.is_none()) return {nullptr, 0};
+    Tensor weight(name, weight_);
+    weight.is(Type::f32).has_dims(1).contiguous();
+    if (weight.shape(0) < 1 || size % weight.shape(0))
+        weight.fail("has " + text(weight.shape(0)) + " numbers, which do not divide the " +
+                    text(size) + " of a row");
+    return {weight.floats(), weight.shape(0)};
+}
+
+// Queries, keys and values of the rows of x side by side in `heads`, then an append of them.
+void qkv(nb::handle x_, nb::list matrices, nb::handle bias_, nb::handle q_norm, nb::handle k_norm,
+         float eps, nb::handle cos, nb::handle sin, nb::handle positions, nb::handle slots,
+         nb::handle table_row, nb::handle table, nb::handle k_pages, nb::handle v_pages,
+         bool rotate_keys, nb::handle heads_) {
+    AppendArgs a{};
+    Tensor x("x", x_), heads("heads", heads_);
+    const int64_t dim = heads.has_dims(3).shape(2);
+    const Pages& g = a.pages = pages_of(k_pages, v_pages, table, dim);
+    const int64_t rows = x.has_dims(2).shape(0), kv_heads = g.groups * g.heads;
+    if (g.padded == 0) fail("v_pages have no room for values");
+    heads.is(Type::f32).has_shape({rows, -1, g.dim}).contiguous();
+    a.q_heads = heads.shape(1) - 2 * kv_heads;
+    if (a.q_heads < 0) heads.fail("has no room for " + text(kv_heads) + " keys and values");
+    const int64_t size = heads.shape(1) * dim;
+    a.q = heads.floats(), a.k = a.q + a.q_heads * dim, a.v = a.k + kv_heads * dim;
+    a.q_stride = a.k_stride = a.v_stride = size;
+    a.q_norm = norm_of("q_norm", q_norm, a.q_heads * dim);
+    a.k_norm = norm_of("k_norm", k_norm, kv_heads * dim);
+    a.eps = eps;
+    a.rotate_keys = rotate_keys;
+    take_places(a, rows, cos, sin, positions, slots, table_row);
+
+    const float* bias = optional_bias(bias_, size);
+    std::vector<std::function<void()>> projections;
+    int64_t column = 0, bytes = 0;
+    for (nb::handle object : matrices) {
+        std::visit(
+            [&](auto w) {
+                x.is(Type::f32).has_shape({rows, w.args.k}).contiguous(1);
+                w.args.x_stride = x.stride(0), w.args.out_stride = size;
+                const LinearPart part{x.floats(), rows, w.data, bias ? bias + column : nullptr,
+                                      nullptr, a.q + column};
+                column += w.args.n, bytes += w.bytes;
+                projections.push_back([args = w.args, part] { run(args, &part, 1); });
+            },
+            nb::cast<Matrix&>(object).weights);
+    }
+    if (column != size)
+        fail("the weight has " + text(column) + " outputs, not " + text(size) + " for " +
+             text(a.q_heads) + " queries and " + text(kv_heads) + " keys and values of " +
+             text(dim) + " dimensions");
+    launch("qkv", bytes, [a, projections] {
+        check_append(a);
+        for (const auto& project : projections) project();
         kernels().append(a);
     });
 }
@@ -253,6 +321,9 @@ void bind_pages(nb::module_& m) {
     m.def("append", &append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a,
           "table_row"_a, "table"_a, "k_pages"_a, "v_pages"_a,
           "rotate_keys"_a = true);
+    m.def("qkv", &qkv, "x"_a, "matrices"_a, "bias"_a.none(), "q_norm"_a.none(), "k_norm"_a.none(),
+          "eps"_a, "cos"_a, "sin"_a, "positions"_a, "slots"_a, "table_row"_a, "table"_a,
+          "k_pages"_a, "v_pages"_a, "rotate_keys"_a, "heads"_a);
     m.def("paged_attention", &attention, "q"_a, "k_pages"_a, "v_pages"_a, "table"_a,
           "table_row"_a, "positions"_a, "base"_a, "mask"_a, "scale"_a, "window"_a, "sinks"_a,
           "softcap"_a, "cos"_a.none(), "sin"_a.none(), "out"_a, "lse"_a.none());

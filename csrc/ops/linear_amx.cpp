@@ -5,24 +5,14 @@
 // quantization, scales, bias and gate are the same code. Only the sums of a strip are made here.
 #if defined(__AVX512F__)
 
-#include "quantized.h"
+#include "int8.h"
 
 namespace hasten {
 namespace HASTEN_LEVEL {
 namespace {
 
-struct Int8Amx {
-    static constexpr int64_t QUADS = 4;  // steps of four inputs in a unit, as in linear_int8.cpp
-
-    static int64_t unit(const QuantizedArgs&) { return 4 * QUADS; }
+struct Int8Amx : Int8Stream {
     static int32_t factor(const QuantizedArgs&) { return ByteDotVnni::FACTOR; }
-    static int64_t block(const QuantizedArgs& a) { return a.k; }
-    static int64_t unit_bytes(const QuantizedArgs&) { return 64 * QUADS; }
-    static int64_t tail_bytes(const QuantizedArgs&) { return 64; }  // the scales
-
-    static HASTEN_INLINE F16 result(const char* held, const uint8_t* tail, float scale) {
-        return to_float(load((const int32_t*)held)) * (splat(scale) * load((const float*)tail));
-    }
 };
 
 constexpr int64_t DEPTH = 64;  // inputs of a tile

@@ -1,21 +1,16 @@
 // y[r, n] = float(sum over k of codes of x[r] * codes of w[n]) * (scale of x[r] * scale of w[n]),
 // then + bias, then + add. The sum is an exact 32-bit integer.
-#include "quantized.h"
+#include "int8.h"
 
 namespace hasten {
 namespace HASTEN_LEVEL {
 namespace {
 
 template <class D>
-struct Int8 {
+struct Int8 : Int8Stream {
     typedef D Dot;
-    static constexpr int64_t QUADS = 4;  // steps of four inputs in a unit
 
-    static int64_t unit(const QuantizedArgs&) { return 4 * QUADS; }
     static int32_t factor(const QuantizedArgs&) { return D::FACTOR; }
-    static int64_t block(const QuantizedArgs& a) { return a.k; }
-    static int64_t unit_bytes(const QuantizedArgs&) { return 64 * QUADS; }
-    static int64_t tail_bytes(const QuantizedArgs&) { return 64; }  // the scales
 
     template <int R, int P>
     static void tile(const Tile& t) {
@@ -52,10 +47,6 @@ struct Int8 {
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++)
                 store((int32_t*)t.held + r * STRIP_OUTPUTS + p * LANES, sum[r][p]);
-    }
-
-    static HASTEN_INLINE F16 result(const char* held, const uint8_t* tail, float scale) {
-        return to_float(load((const int32_t*)held)) * (splat(scale) * load((const float*)tail));
     }
 };
 

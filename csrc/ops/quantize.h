@@ -1,4 +1,5 @@
-// Activations as 8-bit codes: what every kernel on quantized weights multiplies by.
+// Activations as 8-bit codes: what every kernel on quantized weights multiplies by, and how pages
+// hold keys and values in 8 bits.
 //
 // For each block of `block` inputs of a row, with amax = max |x|:
 //     scale = amax / 127,  code = round(x * (127 / amax)), halves to even, in [-127, 127].
@@ -36,8 +37,14 @@ struct Activations {
           blocks(k / block) {}
 };
 
-HASTEN_INLINE void quantize_block(const float* x, int64_t size, int32_t factor, int8_t* codes,
-                                  float* scale, int32_t* sum) {
+struct QuantizedBlock {
+    float scale;
+    int32_t sum;  // of the codes
+};
+
+// Code i of a block goes to codes[i * stride].
+HASTEN_INLINE QuantizedBlock quantize_block(const float* x, int64_t size, int8_t* codes,
+                                            int64_t stride) {
     // magnitudes order as the integers of their bits, NaN above infinity above the rest
     int32_t top = 0;
     for (int64_t i = 0; i < size; i++) {
@@ -50,10 +57,8 @@ HASTEN_INLINE void quantize_block(const float* x, int64_t size, int32_t factor, 
     memcpy(&amax, &top, 4);
     const bool finite = top < 0x7f800000;
     if (!finite || amax < 0x1p-100f) {
-        memset(codes, 0, size_t(size));
-        *scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-        *sum = 0;
-        return;
+        for (int64_t i = 0; i < size; i++) codes[i * stride] = 0;
+        return {finite ? 0.0f : std::numeric_limits<float>::quiet_NaN(), 0};
     }
     // x * (127 / amax) + 1.5 * 2^23 is rounded to a whole number, whose low byte is the code
     const float inverse = 127.0f / amax, magic = 12582912.0f;
@@ -63,20 +68,21 @@ HASTEN_INLINE void quantize_block(const float* x, int64_t size, int32_t factor, 
         int32_t bits;
         memcpy(&bits, &shifted, 4);
         bits -= 0x4b400000;
-        codes[i] = int8_t(bits);
+        codes[i * stride] = int8_t(bits);
         total += bits;
     }
-    *scale = amax / 127.0f;
-    *sum = total * factor;
+    return {amax / 127.0f, total};
 }
 
 // Row `row` of x [rows, k] into its place.
 HASTEN_INLINE void quantize_row(const float* x, int64_t k, int64_t block, int32_t factor,
                                 const Activations& a, int64_t row) {
     int8_t* codes = a.codes + row * a.stride;
-    for (int64_t b = 0; b < a.blocks; b++)
-        quantize_block(x + b * block, block, factor, codes + b * block,
-                       a.scales + row * a.blocks + b, a.sums + row * a.blocks + b);
+    for (int64_t b = 0; b < a.blocks; b++) {
+        const QuantizedBlock made = quantize_block(x + b * block, block, codes + b * block, 1);
+        a.scales[row * a.blocks + b] = made.scale;
+        a.sums[row * a.blocks + b] = made.sum * factor;
+    }
     for (int64_t i = k; i % 16; i++) codes[i] = 0;
 }
 

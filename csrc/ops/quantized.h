@@ -83,11 +83,6 @@ struct TileTable {
 template <class F>
 constexpr TileTable<F> TILES;
 
-struct Strip {
-    const uint8_t* data;
-    int64_t panel, width;  // the first panel, how many
-};
-
 // Rows [row, row + rows) by a strip: what a tile leaves behind for each output.
 template <class F>
 void strip_sums(const QuantizedArgs& a, const Activations& x, int64_t row, int64_t rows,

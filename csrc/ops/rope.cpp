@@ -1,7 +1,6 @@
-// Rotates queries and keys and writes keys and values to their pages.
-#include <limits>
-
-#include "ops.h"
+// Norms and rotates queries and keys, and writes keys and values to their pages.
+#include "norm.h"
+#include "quantize.h"
 
 namespace hasten {
 namespace HASTEN_LEVEL {
@@ -14,30 +13,6 @@ HASTEN_INLINE void rotate(float* x, const float* cos, const float* sin, int64_t 
         x[j] = __builtin_fmaf(a, cos[j], -(b * sin[j]));
         x[j + half] = __builtin_fmaf(b, cos[j], a * sin[j]);
     }
-}
-
-// codes[i * stride] = round(x[i] * (127 / amax)), halves to even; returns the scale amax / 127.
-// Below 2^-100 everything is 0; with an infinity or a NaN the scale is NaN.
-float quantize(const float* x, int64_t size, int8_t* codes, int64_t stride) {
-    // magnitudes order as the integers of their bits, NaN above infinity above the rest
-    int32_t top = 0;
-    for (int64_t i = 0; i < size; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
-    }
-    float amax;
-    memcpy(&amax, &top, 4);
-    const bool finite = top < 0x7f800000;
-    if (!finite || amax < 0x1p-100f) {
-        for (int64_t i = 0; i < size; i++) codes[i * stride] = 0;
-        return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-    }
-    const float inverse = 127.0f / amax, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds
-    for (int64_t i = 0; i < size; i++)
-        codes[i * stride] = int8_t(int32_t((x[i] * inverse + magic) - magic));
-    return amax / 127.0f;
 }
 
 // One key goes to a column of its page, one value to a row.
@@ -58,6 +33,7 @@ struct Writer {
     }
 };
 
+// each quantized as a row of activations is
 template <>
 struct Writer<int8_t> {
     const Pages& g;
@@ -69,15 +45,20 @@ struct Writer<int8_t> {
         memcpy(k_page + g.dim * PAGE + (which * PAGE + at) * 4, &x, 4);
     }
     void key(const float* x) const {
-        scale(0, quantize(x, g.dim, (int8_t*)k_page + at, PAGE));
+        scale(0, quantize_block(x, g.dim, (int8_t*)k_page + at, PAGE).scale);
     }
     void value(const float* x) const {
         if (g.padded == 0) return;
         int8_t* to = (int8_t*)v_page + at * g.padded;
-        scale(1, quantize(x, g.v_dim, to, 1));
+        scale(1, quantize_block(x, g.v_dim, to, 1).scale);
         for (int64_t d = g.v_dim; d < g.padded; d++) to[d] = 0;
     }
 };
+
+void norm_spans(const float* x, int64_t size, const Norm& norm, float eps, float* out) {
+    for (int64_t i = 0; i < size; i += norm.size)
+        row_norm(x + i, norm.weight, eps, norm.size, nullptr, out + i);
+}
 
 template <class T>
 void append_of(const AppendArgs& a) {
@@ -85,12 +66,18 @@ void append_of(const AppendArgs& a) {
     const int64_t kv_heads = g.groups * g.heads;
     const int64_t work = a.rows * ((a.q_heads + 2 * kv_heads) * g.dim + kv_heads * g.v_dim);
     parallel(a.rows, 1, work, [&](int64_t begin, int64_t end) {
-        float* key = (float*)scratch(size_t(g.dim) * 4);
+        float* keys = (float*)scratch(size_t(kv_heads * g.dim) * 4);
         for (int64_t row = begin; row < end; row++) {
             const float* cos = a.cos + a.positions[row] * a.half;
             const float* sin = a.sin + a.positions[row] * a.half;
-            for (int64_t h = 0; h < a.q_heads; h++)
-                rotate(a.q + row * a.q_stride + h * g.dim, cos, sin, a.half);
+            float* q = a.q + row * a.q_stride;
+            if (a.q_norm.weight) norm_spans(q, a.q_heads * g.dim, a.q_norm, a.eps, q);
+            for (int64_t h = 0; h < a.q_heads; h++) rotate(q + h * g.dim, cos, sin, a.half);
+            const float* k = a.k + row * a.k_stride;
+            if (a.k_norm.weight)
+                norm_spans(k, kv_heads * g.dim, a.k_norm, a.eps, keys);
+            else
+                memcpy(keys, k, size_t(kv_heads * g.dim) * 4);
             const int64_t block = a.slots[row] / PAGE, at = a.slots[row] % PAGE;
             for (int64_t h = 0; h < kv_heads; h++) {
                 const int64_t page =
@@ -98,8 +85,7 @@ void append_of(const AppendArgs& a) {
                 const int64_t index = page * g.heads + h % g.heads;
                 const Writer<T> write{g, (char*)g.k + index * g.k_page(),
                                       (char*)g.v + index * g.v_page(), at};
-                const float* k = a.k + row * a.k_stride + h * g.dim;
-                memcpy(key, k, size_t(g.dim) * 4);
+                float* key = keys + h * g.dim;
                 if (a.rotate_keys) rotate(key, cos, sin, a.half);
                 write.key(key);
                 write.value(a.v + row * a.v_stride + h * g.v_dim);

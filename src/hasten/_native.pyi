@@ -7,6 +7,12 @@ class TensorList:
 
     def __init__(self, tensors: list[Tensor]) -> None: ...
 
+class Matrix:
+    """A weight of any kind, checked and kept alive."""
+
+def matrix(w: Tensor, n: int, k: int) -> Matrix: ...
+def matrix_blocks(w: Tensor, kind: str, n: int, k: int) -> Matrix: ...
+def matrix_quantized(w: Tensor, n: int, k: int, group: int, asymmetric: bool) -> Matrix: ...
 def linear(
     x: Tensor, w: Tensor, n: int, k: int, bias: Tensor | None, add: Tensor | None, out: Tensor
 ) -> None: ...
@@ -152,6 +158,24 @@ def append(
     k_pages: Tensor,
     v_pages: Tensor,
     rotate_keys: bool = True,
+) -> None: ...
+def qkv(
+    x: Tensor,
+    matrices: list[Matrix],
+    bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    table_row: Tensor,
+    table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    rotate_keys: bool,
+    heads: Tensor,
 ) -> None: ...
 def paged_attention(
     q: Tensor,

@@ -36,11 +36,11 @@ def test_operations_are_counted_by_kind_of_step(
     assert (profile.other.rows, profile.decode.rows) == (30, 5)
     assert (profile.other.recorded, profile.decode.recorded) == (0, 5 * int(record))
     operations = profile.decode.operations
-    assert operations["attention"].calls == operations["append"].calls == 5 * layers
-    assert operations["linear"].calls == 5 * (3 * layers + 1)
+    assert operations["attention"].calls == operations["qkv"].calls == 5 * layers
+    assert operations["linear"].calls == 5 * (2 * layers + 1)
     assert operations["linear_gated"].calls == 5 * layers
     assert operations["row_top"].calls == operations["embed"].calls == 5
-    read = operations["linear"].bytes + operations["linear_gated"].bytes
+    read = sum(operations[name].bytes for name in ("qkv", "linear", "linear_gated"))
     assert read == pytest.approx(5 * model.weight_bytes, rel=0.02)
     assert 0 < profile.decode.native_seconds < profile.decode.seconds
     assert operations["attention"].bytes == profile.decode.kv_bytes

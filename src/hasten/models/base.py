@@ -22,6 +22,7 @@ from hasten.cache.layout import KVLayout, uniform_layout
 from hasten.engine.batch import Batch
 from hasten.kernels.embedding import embed
 from hasten.kernels.linear import ExpertWeights, Weight
+from hasten.kernels.qkv import HeadNorms
 from hasten.kernels.rms_norm import rms_norm
 from hasten.kernels.rows import take_rows
 from hasten.models.facts import Facts
@@ -162,22 +163,27 @@ class Weights(Protocol):
 class KV(Protocol):
     """The keys and values that a forward pass reads and extends."""
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: Rope,
-        *,
-        scale: float,
-        softcap: float | None = None,
+    def project(
+        self, layer: int, x: Tensor, linear: Linear, norms: HeadNorms | None, rope: Rope
     ) -> Tensor:
-        """Rotate q and k, store k and v, and return what q [R, Hq, D] sees as [R, Hq * Dv].
+        """Store keys and values of x [R, H] and return its rotated queries [R, Hq, D].
 
-        k is [R, Hkv, D], v [R, Hkv, Dv], or [R, Hkv, 0] where the layout finds values in the
-        keys; q may be overwritten.
+        ``linear`` makes all heads of queries, then those of keys, then those of values;
+        ``norms`` are of queries and keys, before the rotation.
         """
+
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """Store k and v, which are made otherwise, and rotate q in place.
+
+        q is [R, Hq, D], k [R, Hkv, D], v [R, Hkv, Dv], or [R, Hkv, 0] where the layout finds
+        values in the keys.
+        """
+
+    def attend(
+        self, layer: int, q: Tensor, rope: Rope, *, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """What the rotated q [R, Hq, D] of these rows sees, once their k and v are stored, as
+        [R, Hq * Dv]."""
 
 
 @dataclass(slots=True)

@@ -186,7 +186,8 @@ class LatentAttention:
         key = self.kv_down(x)  # [R, rotated + latent]
         rms_norm(key[:, rope:], self.kv_norm, LATENT_EPS, out=key[:, rope:])
         k = key[:, None]
-        seen = kv.attend(self.layer, q, k, k[..., :0], self.rope, scale=self.scale)
+        kv.append(self.layer, q, k, k[..., :0], self.rope)
+        seen = kv.attend(self.layer, q, self.rope, scale=self.scale)
         values = linear_grouped(seen.view(rows, self.heads, self.rank), self.from_latent)
         return self.out(values.flatten(1))
 

@@ -22,7 +22,7 @@ from hasten.kernels.linear import (
     stack_experts,
 )
 from hasten.kernels.moe import combine, gather, group_rows, route
-from hasten.kernels.rms_norm import rms_norm
+from hasten.kernels.qkv import HeadNorms
 from hasten.models.facts import CheckpointError, Facts
 from hasten.weights.base import Matrix, Role
 
@@ -180,41 +180,22 @@ class Attention:
     ) -> None:
         self.layer = layer
         self.rope = rope
-        self.head_dim = config.head_dim
-        self.q_heads = config.num_heads
-        self.qk_heads = config.num_heads + config.num_kv_heads
-        self.all_heads = self.qk_heads + config.num_kv_heads
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         if k is None or v is None:
             outputs = {q: q_size + 2 * kv_size}
         else:
             outputs = {q: q_size, k: kv_size, v: kv_size}
         self.qkv = Linear.load(weights, outputs, config.hidden_size, qkv_bias)
+        self.norms: HeadNorms | None = None
+        if q_norm is not None and k_norm is not None:
+            self.norms = q_norm, k_norm, config.norm_eps
         self.out = Linear.load(weights, {out: config.hidden_size}, q_size, out_bias)
-        self.q_norm = q_norm
-        self.k_norm = k_norm
-        self.eps = config.norm_eps
         self.scale = config.head_dim**-0.5 if scale is None else scale
         self.softcap = softcap
 
     def __call__(self, x: Tensor, kv: KV) -> Tensor:
-        heads = self.qkv(x).view(x.shape[0], self.all_heads, self.head_dim)  # [R, Hq + 2 Hkv, D]
-        q = heads[:, : self.q_heads]
-        k = heads[:, self.q_heads : self.qk_heads]
-        v = heads[:, self.qk_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q = _normed(q, self.q_norm, self.eps)
-            k = _normed(k, self.k_norm, self.eps)
-        seen = kv.attend(self.layer, q, k, v, self.rope, scale=self.scale, softcap=self.softcap)
-        return self.out(seen)
-
-
-def _normed(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Norm of ``heads`` [R, n, D] in spans of ``weight``: one head, or all n of them."""
-    rows, count, dim = heads.shape
-    size = weight.shape[0]
-    spans = heads.reshape(rows, count * dim // size, size)
-    return rms_norm(spans, weight, eps).view(heads.shape)
+        q = kv.project(self.layer, x, self.qkv, self.norms, self.rope)
+        return self.out(kv.attend(self.layer, q, self.rope, scale=self.scale, softcap=self.softcap))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from torch import Tensor
 from hasten.cache.layout import KVStorage
 from hasten.engine.batch import Batch
 from hasten.kernels.attention import paged_attention
+from hasten.kernels.qkv import HeadNorms, qkv
 from hasten.kernels.rope import append
-from hasten.models.layers import Rope
+from hasten.models.layers import Linear, Rope
 
 
 class PagedKV:
@@ -35,43 +36,40 @@ class PagedKV:
         """Positions for which the pass has angles."""
         return min((len(cos) for cos, _ in self._angles.values()), default=self.length)
 
+    def project(
+        self, layer: int, x: Tensor, linear: Linear, norms: HeadNorms | None, rope: Rope
+    ) -> Tensor:
+        """See `hasten.models.base.KV.project`."""
+        head_dim = self.storage.layout.key_dim
+        return qkv(x, linear.weight, linear.bias, head_dim, norms, *self._places(layer, rope))
+
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+        """See `hasten.models.base.KV.append`."""
+        append(q, k, v, *self._places(layer, rope))
+
+    def _places(
+        self, layer: int, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool]:
+        """Angles and pages: where `append` writes, and whether it rotates keys."""
+        k_pages, v_pages, index = self.storage.layer(layer)
+        if rope not in self._angles:
+            self._angles[rope] = rope.tables(self.length)
+        rows = self.positions, self.slots, self.table_row, self.tables[index]
+        rotated = self.storage.layout.key_space == "rotated"
+        return *self._angles[rope], *rows, k_pages, v_pages, rotated
+
     def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: Rope,
-        *,
-        scale: float,
-        softcap: float | None = None,
+        self, layer: int, q: Tensor, rope: Rope, *, scale: float, softcap: float | None = None
     ) -> Tensor:
         """See `hasten.models.base.KV.attend`."""
         k_pages, v_pages, index = self.storage.layer(layer)
-        group, table = self.storage.layout.groups[index], self.tables[index]
-        if rope not in self._angles:
-            self._angles[rope] = rope.tables(self.length)
-        cos, sin = self._angles[rope]
-        rotated = self.storage.layout.key_space == "rotated"
-        append(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            self.positions,
-            self.slots,
-            self.table_row,
-            table,
-            k_pages,
-            v_pages,
-            rotated,
-        )
+        layout = self.storage.layout
+        group = layout.groups[index]
         out = paged_attention(
             q,
             k_pages,
             v_pages,
-            table,
+            self.tables[index],
             self.table_row,
             self.positions,
             self.base,
@@ -80,8 +78,8 @@ class PagedKV:
             group.window,
             group.sinks,
             softcap,
-            value_dim=self.storage.layout.value_dim,
-            rope=None if rotated else rope.page_tables(self.length),
+            value_dim=layout.value_dim,
+            rope=None if layout.key_space == "rotated" else rope.page_tables(self.length),
         )
         assert isinstance(out, Tensor)  # alone, as no log-sum-exp was asked for
         return out.flatten(1)

@@ -16,7 +16,7 @@ from hasten.cache.layout import LayerGroup
 from hasten.decoding.params import SamplingParams
 from hasten.engine.batch import Batch, Segment
 from hasten.engine.engine import Engine, EngineConfig
-from hasten.models.base import Decoder
+from hasten.models.base import Decoder, ModelConfig
 from hasten.stack import Stack
 
 GEMMA = {
@@ -34,17 +34,26 @@ PROMPT = [(11 * i * i + 5 * i) % 61 for i in range(150)]
 class Dense:
     """All keys and values in float64, and for each layer a mask of who sees what."""
 
-    def __init__(self, masks: list[Tensor]) -> None:
+    def __init__(self, config: ModelConfig, masks: list[Tensor]) -> None:
+        self.head_dim = config.head_dim
+        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self.masks = masks
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Any, *, scale: float,
-        softcap: float | None = None,
-    ) -> Tensor:  # fmt: skip
+    def project(self, layer: int, x: Tensor, linear: Any, norms: None, rope: Any) -> Tensor:
+        heads = linear(x).double().unflatten(1, (-1, self.head_dim))
+        q, k, self.v = heads.split(self.heads, 1)
         cos, sin = (table[: len(q)].double() for table in rope.tables(len(q)))
-        q, k, v = turn(q.double(), cos, sin), turn(k.double(), cos, sin), v.double()
-        shared = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        self.k = turn(k, cos, sin)
+        return turn(q, cos, sin)
+
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Any) -> None:
+        raise NotImplementedError("no model here makes keys and values otherwise")
+
+    def attend(
+        self, layer: int, q: Tensor, rope: Any, *, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        shared = q.shape[1] // self.k.shape[1]
+        k, v = self.k.repeat_interleave(shared, 1), self.v.repeat_interleave(shared, 1)
         scores = scale * torch.einsum("ihd,jhd->hij", q, k)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -69,7 +78,7 @@ def dense_logprobs(model: Decoder, tokens: list[int], sinks: int, window: int) -
         else:
             masks.append((j <= i) & (j > i - own))
     batch = Batch.build([Segment(0, 0, tokens, wanted="all")], [])
-    hidden = model.forward(batch, Dense(masks))
+    hidden = model.forward(batch, Dense(model.config, masks))
     logits = model.logits(hidden, batch.wanted).double().log_softmax(-1)
     return logits[torch.arange(len(tokens) - 1), tokens[1:]].numpy()
 

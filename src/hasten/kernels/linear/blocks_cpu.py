@@ -10,6 +10,11 @@ from hasten.kernels.linear.blocks import BlockWeight
 from hasten.kernels.linear.packed import ExpertWeights
 
 
+def matrix(w: BlockWeight) -> _native.Matrix:
+    """What native calls take that multiply by weights of any kind."""
+    return _native.matrix_blocks(w.data, w.kind, w.n, w.k)
+
+
 def linear(
     x: Tensor,
     w: BlockWeight,

@@ -17,7 +17,7 @@ from hasten.kernels.activation.ref import gated
 from hasten.kernels.linear.blocks import BLOCK_KINDS, SPAN, STRIP, BlockWeight, row_bytes
 from hasten.kernels.linear.packed import PANEL, ExpertWeights
 from hasten.kernels.linear.quantized_ref import fma, quantize
-from hasten.kernels.linear.ref import rows_in_order, rows_of_experts
+from hasten.kernels.linear.ref import rows_in_order, rows_of_experts, rows_of_table
 
 
 @dataclass
@@ -94,10 +94,7 @@ def unpack(w: BlockWeight) -> Tensor:
 
 
 def embed(ids: Tensor, w: BlockWeight) -> Tensor:
-    for i, token in enumerate(ids.tolist()):
-        if not 0 <= token < w.n:
-            raise IndexError(f"ids[{i}] is {token}, but the table has {w.n} rows")
-    return unpack(w)[ids]
+    return rows_of_table(unpack(w), ids)
 
 
 def read(rows: Tensor, kind: str) -> Fields:

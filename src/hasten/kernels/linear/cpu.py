@@ -19,6 +19,11 @@ def unpack(w: PackedWeight) -> Tensor:
     return weight
 
 
+def matrix(w: PackedWeight) -> _native.Matrix:
+    """What native calls take that multiply by weights of any kind."""
+    return _native.matrix(w.data, w.n, w.k)
+
+
 def linear(
     x: Tensor,
     w: PackedWeight,

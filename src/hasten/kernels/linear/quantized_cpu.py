@@ -10,6 +10,11 @@ from hasten.kernels.linear.packed import ExpertWeights
 from hasten.kernels.linear.quantized import Int4Weight, Quantized, Rows
 
 
+def matrix(w: Quantized) -> _native.Matrix:
+    """What native calls take that multiply by weights of any kind."""
+    return _native.matrix_quantized(w.data, w.n, w.k, *_groups(w))
+
+
 def linear(
     x: Tensor,
     w: Quantized,

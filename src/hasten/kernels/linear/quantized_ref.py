@@ -24,7 +24,7 @@ from hasten.kernels.linear.quantized import (
     panels_of,
     stream_bytes,
 )
-from hasten.kernels.linear.ref import rows_of_experts
+from hasten.kernels.linear.ref import rows_of_experts, rows_of_table
 
 LEAST = 2.0**-100
 """Activations whose largest magnitude is below this count as zeros: 127 / amax stays finite."""
@@ -108,10 +108,7 @@ def _linear_int4(x: Tensor, w: Int4Weight) -> Tensor:
 
 
 def embed(ids: Tensor, w: Quantized) -> Tensor:
-    for i, token in enumerate(ids.tolist()):
-        if not 0 <= token < w.n:
-            raise IndexError(f"ids[{i}] is {token}, but the table has {w.n} rows")
-    return unpack(w)[ids]
+    return rows_of_table(unpack(w), ids)
 
 
 def unpack(w: Quantized) -> Tensor:

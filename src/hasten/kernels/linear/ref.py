@@ -100,3 +100,11 @@ def rows_of_experts(x: Tensor, offsets: Tensor, count: int) -> list[Tensor]:
     if len(bounds) != count + 1 or bounds != sorted(bounds) or bounds[0] or bounds[-1] != len(x):
         raise ValueError(f"offsets {bounds} do not divide {len(x)} rows among {count}")
     return [x[begin:end] for begin, end in pairwise(bounds)]
+
+
+def rows_of_table(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows ``ids`` int64 of a table [N, K]. Raises IndexError for one that it lacks."""
+    for i, row in enumerate(ids.tolist()):
+        if not 0 <= row < len(table):
+            raise IndexError(f"ids[{i}] is {row}, but the table has {len(table)} rows")
+    return table[ids]
