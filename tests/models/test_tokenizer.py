@@ -275,3 +275,25 @@ def test_loading_imports_neither_transformers_nor_the_hub(tmp_path: Path) -> Non
         "assert not {'transformers', 'huggingface_hub', 'rich'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def test_the_fingerprint_is_what_the_ids_mean() -> None:
+    def other(before: str = "", after: str = "") -> Tokenizer:
+        text = byte_level().to_str()
+        assert before in text
+        return Tokenizer(tokenizers.Tokenizer.from_str(text.replace(before, after, 1)))
+
+    plain = Tokenizer(byte_level())
+    assert len(plain.fingerprint) == 64 and plain.fingerprint == other().fingerprint
+    changed = [
+        other('"special":true', '"special":false'),
+        other("<|im_end|>", "<|im_over|>"),
+        Tokenizer(byte_level(), {"eos_token": "</s>"}),
+        Tokenizer(byte_level(), {"bos_token": "</s>"}),
+        Tokenizer(byte_fallback()),
+    ]
+    marks = {plain.fingerprint, *(tokenizer.fingerprint for tokenizer in changed)}
+    assert len(marks) == 1 + len(changed)
+    longer = byte_level()
+    longer.add_tokens(["more"])
+    assert Tokenizer(longer).fingerprint not in marks

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +100,20 @@ class Tokenizer:
         if match := BYTE_TOKEN.fullmatch(raw):
             return bytes([int(match[1], 16)])
         return str(raw).replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the ids mean, as 64 hexadecimal digits: equal where every id stands for the same
+        bytes and the same ids are special. Files of token ids carry it, so that they are not read
+        with another vocabulary. How text is cut into tokens does not count.
+        """
+        digest = hashlib.sha256()
+        for token in range(self.vocab_size):
+            raw = self.token_bytes(token)
+            digest.update(struct.pack("<I?", len(raw), token in self._special) + raw)
+        ends = (self.bos_id, self.eos_id)
+        digest.update(struct.pack("<2q", *(-1 if end is None else end for end in ends)))
+        return digest.hexdigest()
 
     @cached_property
     def _added(self) -> frozenset[int]:
