@@ -133,6 +133,10 @@ class TreeBuilder:
     def __len__(self) -> int:
         return len(self.token)
 
+    def __contains__(self, child: tuple[int, int]) -> bool:
+        """Whether a node has a child with a token, given as (node, token)."""
+        return child in self._child
+
     def add(self, parent: int, token: int, source: int = 0) -> int:
         """The node of ``token`` below ``parent``, new or found."""
         found = self._child.get((parent, token))
