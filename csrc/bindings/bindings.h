@@ -55,5 +55,6 @@ void bind_linear_quantized(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_rtn(nb::module_& m);
 void bind_pages(nb::module_& m);
+void bind_suffixes(nb::module_& m);
 
 }  // namespace hasten

@@ -209,3 +209,17 @@ def read_bandwidth(bytes: int = ..., repeats: int = ...) -> float:
 def rtn(
     values: Tensor, group: int, clips: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None
 ) -> None: ...
+
+SUFFIX_DEPTH: int
+
+def sort_suffixes(tokens: Tensor, places: Tensor, first: int, last: int) -> None: ...
+def continuations(
+    tokens: Tensor,
+    sorted: Tensor,
+    context: list[int],
+    shortest: int,
+    longest: int,
+    length: int,
+    nodes: int,
+    hits: int,
+) -> tuple[int, int, list[int], list[int], list[int]]: ...
