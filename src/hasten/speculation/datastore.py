@@ -124,11 +124,19 @@ def build(
         OSError: a file cannot be read or written.
     """
     tokens = _tokenized(texts, tokenizer, report)
+    write(out, tokens, tokenizer.fingerprint, report)
+    return len(tokens)
+
+
+def write(
+    out: Path, tokens: Tensor, fingerprint: str, report: Report = lambda what, share: None
+) -> None:
+    """Sort tokens (int32 [n], -1 after each text) and write the file."""
     places = sorted_places(tokens, report)
     about = {
         "format": FORMAT,
         "version": VERSION,
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": fingerprint,
         "checksum": checksum(tokens, places),
     }
     handle, name = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
@@ -140,7 +148,6 @@ def build(
         fresh.replace(out)
     finally:
         fresh.unlink(missing_ok=True)
-    return len(tokens)
 
 
 def _tokenized(texts: Sequence[Path], tokenizer: Tokenizer, report: Report) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from hasten.methods import is_method, written
@@ -141,7 +142,7 @@ class PartsDrafting:
         state: PartsState = outcome.sequence.draft_state
         tree, place = TokenTree.root(outcome.tree.token[0]), [0]
         if view.tree is not None and state.tree is outcome.tree:
-            tree, place = prefix(view.tree, len(view.place)), view.place
+            tree, place = subtree(view.tree, range(len(view.place))), view.place
         if len(place) == len(outcome.tree) and place == list(range(len(place))):
             return replace(outcome, sequence=view, tree=tree)
         own = {joined: node for node, joined in reversed(list(enumerate(place)))}
@@ -214,22 +215,35 @@ class Union:
         self.places.append((view, place))
 
     def add(
-        self, view: PartView, source: Sequence[int], room: int, allowed: frozenset[int] | None
+        self,
+        view: PartView,
+        source: Sequence[int],
+        room: int,
+        order: Sequence[int] | None = None,
     ) -> None:
-        """A later tree, as far as there is ``room`` for nodes in all. Of its first tokens only
-        those ``allowed`` are taken, if that is not None."""
+        """A later tree, as far as there is ``room`` for nodes in all.
+
+        Args:
+            source: bits of its nodes.
+            order: the nodes to take, the best first and parents before children. The part then
+                sees only what was taken of its tree. Without an order it keeps its numbers, up to
+                the first node that was not taken.
+        """
         tree = view.tree
         assert tree is not None
-        place: list[int | None] = [0]
-        for node in range(1, len(tree)):
-            parent, token = place[tree.parent[node]], tree.token[node]
-            pruned = parent == 0 and allowed is not None and token not in allowed
-            taken: int | None = None
-            if parent is not None and node not in tree.auxiliary and not pruned:
-                taken = self._join(parent, token, source[node], room)
-            place.append(taken)
-        until = place.index(None) if None in place else len(place)
-        self.places.append((view, [p for p in place[:until] if p is not None]))
+        place = {0: 0}
+        for node in range(1, len(tree)) if order is None else order:
+            parent = place.get(tree.parent[node])
+            if parent is not None and node not in tree.auxiliary:
+                taken = self._join(parent, tree.token[node], source[node], room)
+                if taken is not None:
+                    place[node] = taken
+        if order is None:
+            kept = list(takewhile(place.__contains__, range(len(tree))))
+        else:
+            kept = sorted(place)
+            view.tree = subtree(tree, kept)
+        self.places.append((view, [place[node] for node in kept]))
 
     def _join(self, parent: int, token: int, source: int, room: int) -> int | None:
         if parent in self.closed:
@@ -252,15 +266,16 @@ class Union:
         return tree
 
 
-def prefix(tree: TokenTree, count: int) -> TokenTree:
-    """The first nodes of a tree, with their numbers."""
-    if count == len(tree):
+def subtree(tree: TokenTree, nodes: Sequence[int]) -> TokenTree:
+    """Some nodes of a tree, the root and the parents of each among them, in ascending order."""
+    if len(nodes) == len(tree):
         return tree
+    number = {node: i for i, node in enumerate(nodes)}
     return TokenTree(
-        tree.token[:count],
-        tree.parent[:count],
-        law={node: law for node, law in tree.law.items() if node < count},
+        [tree.token[node] for node in nodes],
+        [-1, *(number[tree.parent[node]] for node in nodes[1:])],
+        law={number[node]: law for node, law in tree.law.items() if node in number},
         independent=tree.independent,
-        source=tree.source[:count],
-        auxiliary=frozenset(node for node in tree.auxiliary if node < count),
+        source=[tree.source[node] for node in nodes] if tree.source else [],
+        auxiliary=frozenset(number[node] for node in tree.auxiliary if node in number),
     )

@@ -164,7 +164,7 @@ def joined_with_drawn(
         for path in said:
             other.add_path(0, path)
         chosen, _ = other.build()
-        union.add(PartView(None, [], tree=chosen), [2] * len(chosen), 9, None)  # type: ignore[arg-type]
+        union.add(PartView(None, [], tree=chosen), [2] * len(chosen), 9)  # type: ignore[arg-type]
         return union.build()
 
     return draft

@@ -12,14 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from hasten import _native
 from hasten.decoding.params import SamplingParams
 from hasten.engine.engine import Engine
 from hasten.methods import MethodError
 from hasten.models.base import Decoder
-from hasten.speculation.datastore import FORMAT, VERSION, Datastore, checksum, sorted_places
+from hasten.speculation.datastore import Datastore, sorted_places, write
 from hasten.speculation.drafters.retrieval import Retrieval, RetrievalDrafting
 from hasten.stack import Stack
 from tests.engine.world import World
@@ -33,11 +32,8 @@ def store_of(tokens: list[int]) -> Datastore:
     return Datastore(Path("none"), ids, sorted_places(ids))
 
 
-def saved(path: Path, tokens: list[int], tokenizer: str = "") -> Path:
-    store = store_of(tokens)
-    about = {"format": FORMAT, "version": VERSION, "tokenizer": tokenizer}
-    about["checksum"] = checksum(store.tokens, store.sorted)
-    save_file({"tokens": store.tokens, "sorted": store.sorted}, path, metadata=about)
+def saved(path: Path, tokens: list[int]) -> Path:
+    write(path, torch.tensor(tokens, dtype=torch.int32), "")
     return path
 
 

@@ -77,7 +77,7 @@ class FuseDrafting(PartsDrafting):
                 if i == 0:
                     union.add_whole(view, bits)
                 else:
-                    union.add(view, bits, budget, allowed=None)
+                    union.add(view, bits, budget)
         for sequence, union in zip(sequences, unions, strict=True):
             sequence.draft_state.tree = union.build()
         return [sequence.draft_state.tree for sequence in sequences]
