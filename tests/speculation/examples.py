@@ -79,7 +79,6 @@ PARAMETERS: Needed = {
     "pearl": lambda folder: f"path={tiny_draft(folder)},k=3",
     "dyspec": lambda folder: f"path={tiny_draft(folder)},n=7",
     "s2d": lambda folder: f"path={tiny_draft(folder)},k=3,exits=1/2,threshold=0.3",
-    "s2d": lambda folder: f"path={tiny_draft(folder)},k=3,exits=1,threshold=0.3",
     "retrieval": lambda folder: f"file={tiny_datastore(folder)},shortest=1",
     "rasd": lambda folder: (
         f"base=model(path={tiny_draft(folder)},k=3),top=30,"
