@@ -104,7 +104,7 @@ def test_card_of_a_known_method() -> None:
     [
         ("drafts", "none", "unknown slot 'drafts' (did you mean 'draft'?)"),
         ("qqqq", "none", "unknown slot 'qqqq'; slots: weights"),
-        ("draft", "prompt-lokup", "(did you mean 'prompt-lookup'?); it has: none, prompt-lookup"),
+        ("draft", "prompt-lokup", "(did you mean 'prompt-lookup'?); it has: "),
         ("draft", "qqqq", "slot 'draft' has no method 'qqqq'; it has"),
         ("draft", "sink-window", "'sink-window' fills the slot 'select', not 'draft'"),
     ],
