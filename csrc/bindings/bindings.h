@@ -56,5 +56,6 @@ void bind_rows(nb::module_& m);
 void bind_rtn(nb::module_& m);
 void bind_pages(nb::module_& m);
 void bind_trigrams(nb::module_& m);
+void bind_suffixes(nb::module_& m);
 
 }  // namespace hasten

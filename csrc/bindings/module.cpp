@@ -41,6 +41,7 @@ NB_MODULE(_native, m) {
     h::bind_rtn(m);
     h::bind_pages(m);
     h::bind_trigrams(m);
+    h::bind_suffixes(m);
     m.def("vector_math", &h::vector_math, "x"_a, "tanh"_a, "out"_a);
 
     nb::class_<h::Tape>(m, "Tape")

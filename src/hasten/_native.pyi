@@ -279,3 +279,17 @@ class Trigrams:
 
     def beam(self, a: int, b: int, budget: int) -> tuple[list[int], list[int]]:
         """The same, of the likeliest paths."""
+
+SUFFIX_DEPTH: int
+
+def sort_suffixes(tokens: Tensor, places: Tensor, first: int, last: int) -> None: ...
+def continuations(
+    tokens: Tensor,
+    sorted: Tensor,
+    context: list[int],
+    shortest: int,
+    longest: int,
+    length: int,
+    nodes: int,
+    hits: int,
+) -> tuple[int, int, list[int], list[int], list[int]]: ...

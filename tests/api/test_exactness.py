@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hasten import LLM, SamplingParams
+from hasten.speculation.datastore import build
 from tests.api.common import SIZES, assert_idle, prompts
 
 PROMPTS = prompts(30, seed=9)
@@ -44,6 +46,37 @@ def test_drafts_change_nothing(expected: list[list[int]], reuse: bool) -> None:
     assert (llm.engine.cache.stats.prefix_hits > 5) == reuse
     which = slice(0 if reuse else 1, None, 4)
     assert one_by_one(llm, which) == expected[which]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, loaded: LLM) -> Path:
+    """A datastore of the prompts themselves."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    assert loaded.tokenizer is not None
+    build([folder / "prompts.txt"], folder / "prompts.store", loaded.tokenizer)
+    return folder / "prompts.store"
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        "copyspec(gamma=2,branches=2,adapt=true)",
+        "aggressive(k=12)",
+        "retrieval(file=STORE)",
+        "fallback(first=copyspec,then=model(k=3))",
+        "fuse(of=model(k=3)|retrieval(file=STORE)|prompt-lookup)",
+        "rasd(base=dyspec(n=8),of=retrieval(file=STORE)|copyspec)",
+    ],
+)
+def test_copied_retrieved_and_joined_drafts_change_nothing(
+    expected: list[list[int]], store: Path, draft: str
+) -> None:
+    llm = LLM(stack=f"draft={draft.replace('STORE', str(store))}", **SIZES)
+    assert together(llm) == expected
+    counts = llm.stats.speculation
+    assert counts.drafted > 50
+    assert counts.accepted > 20 or draft.startswith("aggressive")  # these texts are no edits
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ parameters have no default that fits gets them here, and only here.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from hasten.methods import Card
+from hasten.speculation.datastore import write
 from tests.conftest import RandomWeights, tiny_facts
 
 VOCAB = 61
@@ -62,12 +64,26 @@ def _weights() -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor if len(shape) == 1 else tensor + noise.get(name, shape)
 
 
+@cache
+def tiny_datastore(folder: Path) -> Path:
+    """A few random ids, in which short passages repeat."""
+    rng = random.Random(0)
+    ids = torch.tensor([rng.randrange(2, VOCAB) for _ in range(4000)] + [-1], dtype=torch.int32)
+    write(folder / "tiny.store", ids, "")
+    return folder / "tiny.store"
+
+
 PARAMETERS: Needed = {
     "model": lambda folder: f"path={tiny_draft(folder)},k=3",
     "easyspec": lambda folder: f"path={tiny_draft(folder)},k=3",
     "pearl": lambda folder: f"path={tiny_draft(folder)},k=3",
     "dyspec": lambda folder: f"path={tiny_draft(folder)},n=7",
     "s2d": lambda folder: f"path={tiny_draft(folder)},k=3,exits=1/2,threshold=0.3",
+    "retrieval": lambda folder: f"file={tiny_datastore(folder)},shortest=1",
+    "rasd": lambda folder: (
+        f"base=model(path={tiny_draft(folder)},k=3),top=30,"
+        f"of=retrieval(file={tiny_datastore(folder)},shortest=1)|copyspec(gamma=1)"
+    ),
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",
 }
 """Method name -> parameters, given a folder for files."""

@@ -27,7 +27,13 @@ Make = Callable[..., Decoder]
 
 
 def context(model: Decoder, **changes: Any) -> Any:
-    sizes = {"max_sequences": 4, "max_batch_tokens": 40, "max_length": 120, "hidden": False}
+    sizes = {
+        "max_sequences": 4,
+        "max_batch_tokens": 40,
+        "max_length": 120,
+        "hidden": False,
+        "root_law": False,
+    }
     sizes |= {"prefix_reuse": True, "cache": SimpleNamespace(num_blocks=40), "model": model}
     return SimpleNamespace(**{**sizes, **changes})
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from hasten.cli import bench, chat, compare, compress, generate, methods, run, serve, train, widen
+from hasten.cli import (
+    bench,
+    chat,
+    compare,
+    compress,
+    datastore,
+    generate,
+    methods,
+    run,
+    serve,
+    train,
+    widen,
+)
 
 app = typer.Typer(
     name="hasten",
@@ -24,6 +36,7 @@ app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
 app.add_typer(compress.app, name="compress")
+app.add_typer(datastore.app, name="datastore")
 app.command("widen")(widen.widen)
 
 

@@ -75,6 +75,8 @@ class DraftContext:
         prefix_reuse: whether pages may be shared between requests.
         should_stop: the controller's rule for drafters that draft token by token.
         hidden: whether the rule reads hidden states of the draft model.
+        root_law: whether trees should carry what the draft model expects after the root, for a
+            drafter that prunes by it.
         drawn: whether the verifier weighs candidates by the law they were drawn from. If not,
             the likeliest candidates are the best ones, also where the target samples.
     """
@@ -91,6 +93,7 @@ class DraftContext:
     prefix_reuse: bool
     should_stop: StopRule
     hidden: bool = False
+    root_law: bool = False
     drawn: bool = False
 
 

@@ -150,6 +150,7 @@ class DraftModel:
         self.model = model
         self.most_rows = context.max_batch_tokens
         self.hidden = context.hidden
+        self.root_law = context.root_law
         layout = model.config.kv_layout()
         slots = context.max_length + 1 + nodes
         each = -(-slots // PAGE_SIZE)

@@ -82,11 +82,15 @@ class TreeDrafting:
         if rows is None:
             return trees
         chosen = [asked[i] for i in ready]
+        expected: list[NDArray[np.float32] | None] = [None] * len(chosen)
+        if self.runtime.root_law:
+            expected = list(np.exp(rows.logits - rows.lse[:, None]))
         laws = self.propose_trees(
             [sequences[i] for i in chosen], [budgets[i] for i in chosen], rows
         )
-        for i, law in zip(chosen, laws, strict=True):
+        for i, law, root_law in zip(chosen, laws, expected, strict=True):
             trees[i] = self._tree(sequences[i].draft_state, law)
+            trees[i].root_law = root_law
         return trees
 
     def _tree(self, state: DraftState, laws: dict[int, NDArray[np.float64]]) -> TokenTree:

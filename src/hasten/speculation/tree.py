@@ -36,6 +36,8 @@ class TokenTree:
             Children of other nodes were chosen.
         independent: the drawn children of a node were drawn with replacement (else without), and
             independently of what was drawn after its siblings, which may carry the same token.
+        root_law: the draft's probabilities after the root, float32 [V], where they are asked for
+            (``DraftContext.root_law``); nothing was drawn from them.
         source: bit set of the drafters that produced each node, empty if there is one.
         auxiliary: nodes that are computed but are no candidates; their descendants are auxiliary,
             too. Empty if there are none.
@@ -52,6 +54,7 @@ class TokenTree:
     auxiliary: frozenset[int] = frozenset()
     layers: int = 0
     hidden: Tensor | None = None
+    root_law: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if len(self.token) != len(self.parent) or not self.token or self.parent[0] != -1:
@@ -132,6 +135,10 @@ class TreeBuilder:
 
     def __len__(self) -> int:
         return len(self.token)
+
+    def __contains__(self, child: tuple[int, int]) -> bool:
+        """Whether a node has a child with a token, given as (node, token)."""
+        return child in self._child
 
     def add(self, parent: int, token: int, source: int = 0) -> int:
         """The node of ``token`` below ``parent``, new or found."""

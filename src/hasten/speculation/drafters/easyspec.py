@@ -24,7 +24,7 @@ from hasten.speculation.draft_trees import ChainDrafting
     exact="bitwise",
     training="a draft model of the target's vocabulary (hasten train draft)",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens", "runs-draft-model"),
+    does=("proposes-tokens", "runs-draft-model", "tells-root-law"),
 )
 @dataclass(frozen=True)
 class EasySpec:

@@ -72,11 +72,11 @@ class PromptLookup(StatelessDrafting):
         for n in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
             after = index.end[n - 1].get(tuple(tokens[-n:]))
             if after is not None:
-                return _copy(tokens, after, length)
+                return copied(tokens, after, length)
         return []
 
 
-def _copy(tokens: list[int], start: int, length: int) -> list[int]:
+def copied(tokens: list[int], start: int, length: int) -> list[int]:
     """``length`` tokens from ``start`` on; past the end, what was copied is copied again."""
     copied = tokens[start : start + length]
     while len(copied) < length:

@@ -27,7 +27,7 @@ Law = NDArray[np.float64]
     exact="bitwise",
     training="a draft model of the target's vocabulary (hasten train draft)",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens", "runs-draft-model"),
+    does=("proposes-tokens", "runs-draft-model", "tells-root-law"),
 )
 @dataclass(frozen=True)
 class RSD:

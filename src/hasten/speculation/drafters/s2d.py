@@ -33,7 +33,7 @@ AT_ONCE = 8
     exact="bitwise",
     training="a draft model whose exits were trained together (hasten train draft --exits)",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens", "runs-draft-model"),
+    does=("proposes-tokens", "runs-draft-model", "tells-root-law"),
 )
 @dataclass(frozen=True)
 class S2D:
