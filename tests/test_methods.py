@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def test_card(card: Card) -> None:
     assert data["module"].startswith(SLOTS[data["slots"][0]][0] + ".")
     assert (ROOT / data["test"]).is_file(), f"no test at {data['test']}"
     plain = card.cls()  # every parameter has a default
-    assert {name: getattr(plain, name) for name in data["parameters"]} == data["parameters"]
+    assert {name: getattr(plain, name) for name in card.parameters} == card.parameters
+    assert json.loads(json.dumps(data)) == data
     with pytest.raises((AttributeError, TypeError)):
         plain.anything = 1
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten import methods
+from hasten import method_tables, methods
 from hasten.engine.engine import Engine
 from hasten.methods import SLOTS, MethodError, find, method
 from hasten.models.base import Decoder
+from hasten.speculation.base import Drafter
+from hasten.speculation.drafters.none import NoDraft
+from hasten.speculation.drafters.prompt_lookup import PromptLookup
 from hasten.stack import Stack, missing_needs
 
 PLAIN = {slot: find(slot, name).cls() for slot, (_, name) in SLOTS.items()}
@@ -175,6 +178,102 @@ def test_one_method_in_two_slots(both: None) -> None:
     for bad, kind in (("flag=maybe", "bool"), ("share=much", "float"), ("level=x", "int")):
         with pytest.raises(MethodError, match=f"expected {kind}"):
             Stack.parse(f"select=both({bad})")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A drafter made of drafters."""
+
+    first: Drafter = field(default=PromptLookup())
+    of: tuple[Drafter, ...] = field(default=(PromptLookup(), NoDraft()))
+    spare: Drafter | None = None
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise ValueError("of is empty")
+
+
+@dataclass(frozen=True)
+class Costly:
+    """Needs what no model has, and is not exact."""
+
+
+@pytest.fixture
+def nested() -> Iterator[None]:
+    find("draft", "none")
+    method("parts", slot="draft", exact="bitwise")(Parts)
+    method("costly", slot="draft", exact="lossy", needs=("full-attention-layers",))(Costly)
+    method("both", slot=("codec", "draft"), exact="bitwise")(Both)
+    yield
+    for key in (("draft", "parts"), ("draft", "costly"), ("codec", "both"), ("draft", "both")):
+        del methods._CARDS[key]
+
+
+@pytest.mark.parametrize(
+    ("text", "built", "canonical"),
+    [
+        ("parts", Parts(), "parts"),
+        ("parts(first=prompt-lookup(k=8))", Parts(), "parts"),
+        ("parts(first=none,k=3)", Parts(NoDraft(), k=3), "parts(first=none,k=3)"),
+        (
+            "parts( of = prompt-lookup( k = 5, max_ngram=4 ) | none |parts(of=none), spare=none)",
+            Parts(of=(PromptLookup(5, 4), NoDraft(), Parts(of=(NoDraft(),)))),
+            "parts(of=prompt-lookup(k=5,max_ngram=4)|none|parts(of=none))",
+        ),
+        (
+            "parts(spare=parts(first=parts(first=none)))",
+            Parts(spare=Parts(first=Parts(first=NoDraft()))),
+            "parts(spare=parts(first=parts(first=none)))",
+        ),
+    ],
+)
+def test_methods_as_parameters(nested: None, text: str, built: Parts, canonical: str) -> None:
+    for notation in (f"draft={text},control=fixed(k=3)", {"draft": text, "control": "fixed(k=3)"}):
+        stack = Stack.parse(notation)
+        assert stack["draft"] == built
+        assert str(stack) == f"draft={canonical},control=fixed(k=3)"
+        assert Stack.parse(str(stack)) == stack
+
+
+@pytest.mark.parametrize(
+    ("inside", "words"),
+    [
+        ("first=prompt-lokup", "parts(first): slot 'draft' has no method 'prompt-lokup' (did you"),
+        ("first=sink-window", "parts(first): 'sink-window' fills the slot 'select', not 'draft'"),
+        ("first=", "parts(first): cannot read ''; write name or name(parameter=value)"),
+        ("first=none|none", "parts(first): cannot read 'none|none'"),
+        ("first=both", "parts(first): 'both' fills several slots (codec, draft) and cannot be"),
+        ("of=none||none", "parts(of): cannot read ''"),
+        ("of=none|prompt-lookup(k=0)", "parts(of): draft=prompt-lookup: k=0: propose at least"),
+        ("of=none|parts(of=none|x)", "parts(of): parts(of): slot 'draft' has no method 'x'"),
+        ("of=none|parts(of=none", "unbalanced parentheses"),
+        ("spare=parts(k=x)", "parts(spare): parts(k) is 'x', expected int"),
+    ],
+)
+def test_errors_of_methods_as_parameters(nested: None, inside: str, words: str) -> None:
+    with pytest.raises(MethodError) as error:
+        Stack.parse(f"draft=parts({inside})")
+    assert words in str(error.value)
+
+
+def test_parts_promise_and_need_for_the_whole(nested: None) -> None:
+    stack = Stack.parse("draft=parts(spare=parts(of=none|costly))")
+    assert stack.exact == "lossy" and Stack.parse("draft=parts").exact == "bitwise"
+    with pytest.raises(MethodError, match="draft=costly cannot run on this model"):
+        stack.check(())
+    stack.check({"full-attention-layers"})
+
+
+def test_the_card_shows_parts_as_a_stack_writes_them(nested: None) -> None:
+    shown = find("draft", "parts").to_json()["parameters"]
+    assert shown == {
+        "first": "prompt-lookup",
+        "of": "prompt-lookup|none",
+        "spare": None,
+        "k": 2,
+    }
+    assert "`of=prompt-lookup\\|none`" in method_tables.page()
 
 
 def test_refusal_gives_the_reason(tiny: Callable[..., Decoder]) -> None:

@@ -23,7 +23,8 @@ def methods_table() -> str:
     heads = ("slot", "method", "parameters", "exact", "training", "what it does", "source")
     rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for card in cards():
-        parameters = ", ".join(f"`{k}={v}`" for k, v in card.parameters.items())
+        parameters = ", ".join(f"`{k}={v}`" for k, v in card.to_json()["parameters"].items())
+        parameters = parameters.replace("|", "\\|")
         rows.append(
             f"| {', '.join(card.slots)} | `{card.name}` | {parameters} | {card.exact} "
             f"| {card.training} | {card.summary} | {card.paper} |"

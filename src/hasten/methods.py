@@ -93,11 +93,48 @@ class Card:
             "training": self.training,
             "needs": sorted(self.needs),
             "does": sorted(self.does),
-            "parameters": self.parameters,
+            "parameters": {
+                name: written(value) if is_method(value) or isinstance(value, tuple) else value
+                for name, value in self.parameters.items()
+            },
             "summary": self.summary,
             "module": self.cls.__module__,
             "test": test_path(self.cls.__module__),
         }
+
+
+def is_method(value: Any) -> bool:
+    """Whether a value is a method with its parameters set."""
+    return isinstance(getattr(value, "card", None), Card)
+
+
+def written(value: Any) -> str:
+    """A method or the value of a parameter as a stack writes it: ``name(parameter=value)``.
+
+    Parameters that have their default are left out; several methods stand with ``|`` between.
+    """
+    if isinstance(value, tuple):
+        return "|".join(map(written, value))
+    if not is_method(value):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    changed = [
+        f"{f.name}={written(getattr(value, f.name))}"
+        for f in dataclasses.fields(value)
+        if getattr(value, f.name) != f.default
+    ]
+    name: str = value.card.name
+    return f"{name}({','.join(changed)})" if changed else name
+
+
+def parts(chosen: Any) -> list[Any]:
+    """A method and all methods among its parameters, at any depth."""
+    found = [chosen]
+    for field in dataclasses.fields(chosen):
+        value = getattr(chosen, field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if is_method(part):
+                found += parts(part)
+    return found
 
 
 def test_path(module: str) -> str:

@@ -1,7 +1,8 @@
 """A stack: one choice for each slot, in one notation everywhere.
 
 ``draft=prompt-lookup(k=8),select=sink-window`` is written the same way on the command line, in
-Python, in YAML (a mapping of slot to choice) and in reports.
+Python, in YAML (a mapping of slot to choice) and in reports. A parameter may be a method itself,
+or several of them: ``draft=fuse(of=copyspec(g=5)|prompt-lookup)``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from hasten.methods import (
     MethodError,
     cards,
     find,
+    is_method,
+    parts,
+    written,
 )
 
 _CHOICE = re.compile(r"\s*([A-Za-z0-9_.+-]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -49,11 +53,11 @@ class Stack:
         if isinstance(text, Mapping):
             pairs = [(str(slot), choice) for slot, choice in text.items()]
         else:
-            parts = _split(text or "")
-            pairs = [_split_pair(part) for part in parts if part.strip() != "plain"]
+            choices = _split(text or "")
+            pairs = [_split_pair(part) for part in choices if part.strip() != "plain"]
         methods: dict[str, Any] = {}
         for slot, choice in pairs:
-            built = choice if hasattr(choice, "card") else _build(slot, str(choice))
+            built = choice if is_method(choice) else _build(slot, str(choice))
             for filled in built.card.slots:
                 if methods.get(filled, built) is not built:
                     raise MethodError(f"slot '{filled}' is filled twice")
@@ -70,25 +74,25 @@ class Stack:
 
     def __str__(self) -> str:
         """Canonical text: choices and parameters that are not the plain ones, in slot order."""
-        parts = []
+        choices = []
         for slot, chosen in self.methods.items():
-            changed = {
-                f.name: getattr(chosen, f.name)
-                for f in dataclasses.fields(chosen)
-                if getattr(chosen, f.name) != f.default
-            }
-            if chosen.card.name == SLOTS[slot][1] and not changed:
+            text = written(chosen)
+            if text == SLOTS[slot][1]:
                 continue
             if slot != chosen.card.slots[0]:
                 continue  # one method in several slots is written once
-            inside = ",".join(f"{name}={_show(value)}" for name, value in changed.items())
-            parts.append(f"{slot}={chosen.card.name}" + (f"({inside})" if inside else ""))
-        return ",".join(parts) or "plain"
+            choices.append(f"{slot}={text}")
+        return ",".join(choices) or "plain"
+
+    @property
+    def cards(self) -> list[Card]:
+        """Of all methods, those that are parameters of others included."""
+        return [part.card for chosen in self.methods.values() for part in parts(chosen)]
 
     @property
     def exact(self) -> Exactness:
         """The weakest promise among the methods: what the whole stack promises."""
-        return max((m.card.exact for m in self.methods.values()), key=_ORDER.index)
+        return max((card.exact for card in self.cards), key=_ORDER.index)
 
     def baseline(self) -> Stack:
         """What this stack's exactness is measured against.
@@ -109,7 +113,7 @@ class Stack:
         Raises:
             MethodError: a method needs something that neither engine nor model provides.
         """
-        missing = missing_needs((m.card for m in self.methods.values()), provides)
+        missing = missing_needs(self.cards, provides)
         if missing:
             card, need = missing[0]
             raise MethodError(
@@ -136,20 +140,20 @@ def missing_needs(chosen: Iterable[Card], provides: Iterable[str]) -> list[tuple
     return [(card, need) for card in chosen for need in sorted(card.needs - offered)]
 
 
-def _split(text: str) -> list[str]:
-    """Split at commas outside parentheses."""
-    parts, depth, start = [], 0, 0
+def _split(text: str, at: str = ",") -> list[str]:
+    """Split at a character outside parentheses. Nothing between two commas is left out."""
+    found, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
         if depth < 0:
             break
-        if char == "," and depth == 0:
-            parts.append(text[start:i])
+        if char == at and depth == 0:
+            found.append(text[start:i])
             start = i + 1
     if depth != 0:
         raise MethodError(f"unbalanced parentheses in '{text}'")
-    parts.append(text[start:])
-    return [part for part in parts if part.strip()]
+    found.append(text[start:])
+    return [part for part in found if part.strip() or at != ","]
 
 
 def _split_pair(part: str) -> tuple[str, str]:
@@ -191,6 +195,12 @@ def _read(raw: str, kind: Any, where: str) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if raw.lower() in ("none", "null") and type(None) in options:
         return None
+    from hasten.speculation.base import Drafter  # imports torch, as any method does
+
+    if Drafter in options:
+        return _part(raw, "draft", where)
+    if tuple[Drafter, ...] in options:
+        return tuple(_part(one, "draft", where) for one in _split(raw, "|"))
     try:
         if bool in options:
             return {"true": True, "false": False}[raw.lower()]
@@ -204,5 +214,15 @@ def _read(raw: str, kind: Any, where: str) -> Any:
     return raw
 
 
-def _show(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _part(choice: str, slot: str, where: str) -> Any:
+    """A method that is a parameter. ``where`` names the parameter."""
+    try:
+        built = _build(slot, choice)
+    except MethodError as error:
+        raise MethodError(f"{where}: {error}") from None
+    if len(built.card.slots) > 1:
+        raise MethodError(
+            f"{where}: '{built.card.name}' fills several slots ({', '.join(built.card.slots)}) "
+            "and cannot be a part of another method"
+        )
+    return built

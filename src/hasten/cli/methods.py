@@ -39,7 +39,7 @@ def methods(
         for column in ("slot", "method (parameters = defaults)", "exact", "what it does"):
             table.add_column(column, overflow="fold")
         for card in chosen:
-            parameters = ", ".join(f"{k}={v}" for k, v in card.parameters.items())
+            parameters = ", ".join(f"{k}={v}" for k, v in card.to_json()["parameters"].items())
             what = card.summary.replace("``", "")
             table.add_row(
                 ", ".join(card.slots),
