@@ -75,7 +75,7 @@ class PassTimes:
         """Of a pass of so many rows that read so many positions together; 0 if nothing is known."""
         low, high, share = self._place(rows)
         below, above = self.value[low], self.value[high]
-        return below + max(0.0, above - below) * share + self.per_read * reads
+        return below + (above - below) * share + self.per_read * reads
 
     def observe(self, rows: int, reads: float, seconds: float) -> None:
         """Learn from a pass."""
@@ -90,7 +90,7 @@ class PassTimes:
             limit = OUTLIER * max(self.deviation, 0.02)
             # the cut value counts, so a lasting change widens the limit step by step
             self.deviation += 0.05 * (min(relative, 2 * limit) - self.deviation)
-            if relative > limit:
+            if error > 0 and relative > limit:  # interruptions lengthen a step, nothing shortens it
                 error *= limit / relative
             near = min(self.count[low], 20) if share < 0.5 else min(self.count[high], 20)
             step = max(0.1, 1 / (near + 1))

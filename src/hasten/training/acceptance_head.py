@@ -25,10 +25,12 @@ from hasten.decoding.params import SamplingParams
 from hasten.engine.batch import Batch, Segment
 from hasten.engine.engine import Engine, EngineConfig
 from hasten.models.base import Decoder
+from hasten.models.loading import load_model, locate
 from hasten.models.paged import PagedKV
+from hasten.models.tokenizer import Tokenizer
+from hasten.speculation.controllers.specdec_plus_plus import FORMAT, fingerprint
 from hasten.stack import Stack
-
-from hasten.speculation.controllers.specdec_plus_plus import FORMAT
+from hasten.training.corpus import split, standard_library
 
 
 @dataclass(frozen=True)
@@ -166,18 +168,21 @@ def train_head(
             weight = label + recipe.rejection * (1 - label)
             logits = head(data.states[rows])
             # a soft label is both outcomes; the rejected share of each weighs more
-            loss = -(
-                label * F.logsigmoid(logits)
-                + recipe.rejection * (1 - label) * F.logsigmoid(-logits)
-            ).sum() / weight.sum()
+            loss = (
+                -(
+                    label * F.logsigmoid(logits)
+                    + recipe.rejection * (1 - label) * F.logsigmoid(-logits)
+                ).sum()
+                / weight.sum()
+            )
             share = min((step + 1) / warm, 1.0)
             share *= 0.5 * (1 + np.cos(np.pi * step / total))
             for part in optimizer.param_groups:
                 part["lr"] = recipe.rate * share
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             step += 1
         progress(epoch + 1, float(np.mean(losses)))
     return head.eval()
@@ -190,3 +195,53 @@ def save_head(head: Head, draft: str, path: Path) -> None:
     save_file(tensors, fresh, metadata={"format": FORMAT, "draft": draft})
     fresh.chmod(0o644)  # safetensors writes for the owner only
     fresh.replace(path)
+
+
+def make_head(
+    target: str,
+    draft: str,
+    out: Path,
+    recipe: HeadRecipe,
+    prompts: Sequence[str] | None = None,
+    count: int = 512,
+    report: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Write texts, judge them, train and save a head.
+
+    Raises:
+        ValueError: no prompts, or the models have different vocabularies.
+    """
+    folder = locate(target)
+    tokenizer = Tokenizer.load(folder)
+    writer = load_model(folder, progress=False)
+    drafter = load_model(locate(draft), progress=False)
+    sizes = [model.config.vocab_size for model in (writer, drafter)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{target} and {draft} have different vocabularies: {sizes}")
+    longest = min(writer.config.max_positions, drafter.config.max_positions) - recipe.length - 1
+    texts = functions(count) if prompts is None else prompts[:count]
+    ids = [tokenizer.encode(text)[-longest:] for text in texts]
+    if not ids:
+        raise ValueError("there are no prompts; give a file with one a line")
+    report(f"the target writes {len(ids)} texts of {recipe.length} tokens")
+    data = judge(writer, drafter, write_texts(writer, ids, recipe), recipe)
+    report(f"{len(data.accepted)} judged tokens, {float(data.accepted.mean()):.0%} accepted")
+    head = train_head(data, recipe, lambda epoch, loss: report(f"epoch {epoch}: loss {loss:.4f}"))
+    save_head(head, fingerprint(draft), out)
+    report(
+        f"head in {out}; use it with control=specdec++(head={out}),draft=model(path={draft},k=20)"
+    )
+
+
+def functions(count: int) -> list[str]:
+    """Beginnings of functions in the part of the standard library that models train on."""
+    found = []
+    for file in split(standard_library())[0]:
+        lines = file.text.splitlines(keepends=True)
+        starts = [at for at, line in enumerate(lines) if line.lstrip().startswith("def ")]
+        if starts:
+            at = starts[len(starts) // 2]
+            found.append("".join(lines[max(0, at - 20) : at + 1])[-1000:])
+        if len(found) == count:
+            break
+    return found

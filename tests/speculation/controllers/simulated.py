@@ -53,9 +53,7 @@ class Lots(StatelessDrafting):
         if self.rng.random() >= self.coverage:
             budget = 0
         text = getattr(text, "sequence", text)
-        right = [
-            self.rng.random() < text.quality(root + 1 + i) for i in range(budget)
-        ]
+        right = [self.rng.random() < text.quality(root + 1 + i) for i in range(budget)]
         return TokenTree.chain([root, *(root + 1 + i if ok else -1 for i, ok in enumerate(right))])
 
 
@@ -127,8 +125,16 @@ class Simulation:
             forward *= 10  # something else ran
         before = self._drafted()
         self.control.observe(
-            StepReport(load, count + candidates, candidates, drafting, forward, 0.0,
-                       forward + drafting, outcomes)
+            StepReport(
+                load,
+                count + candidates,
+                candidates,
+                drafting,
+                forward,
+                0.0,
+                forward + drafting,
+                outcomes,
+            )
         )
         self.seconds += forward + drafting + self._drafted() - before
         self.tokens += sum(len(o.tokens) for o in outcomes)

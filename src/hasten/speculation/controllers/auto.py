@@ -61,6 +61,7 @@ class Follower:
     """What is known of one sequence.
 
     Attributes:
+        sequence: itself, as its drafts' state is assigned through it.
         curves: by drafter, then heat; ``shared`` are the tenant's.
         arm: the drafter that it has now, with ``budget`` candidates.
         stale: whether curves or heat changed since the budget was chosen.
@@ -68,6 +69,7 @@ class Follower:
         idle: steps without a proposal.
     """
 
+    sequence: Draftable
     curves: list[list[Curve]]
     shared: list[list[Curve]]
     heat: list[int]
@@ -101,7 +103,7 @@ class AutoControl:
         """Seconds that may be spent on looking."""
         self.steps = 0
         self._load: tuple[int, int, int] = (0, 0, 0)
-        self._asked: list[tuple[Draftable, Follower]] = []
+        self._asked: list[Follower] = []
         self._awake = False
         self._rate = 0.0  # tokens a second that the last plan expected
 
@@ -109,20 +111,20 @@ class AutoControl:
 
     def plan(self, sequences: Sequence[Draftable], load: Load) -> list[int]:
         followers = self.followers
-        asked: list[tuple[Draftable, Follower]] = []
+        asked: list[Follower] = []
         stale = False
         for sequence in sequences:
             follower = followers.get(id(sequence))
             if follower is None:
                 follower = followers[id(sequence)] = self._follow(sequence)
             stale = stale or follower.stale
-            asked.append((sequence, follower))
+            asked.append(follower)
         self._asked = asked
         now = (load.decoding, load.rows_taken, load.rows_left)
         if stale or now != self._load:
             self._load = now
             self._choose(load)
-        budgets = [follower.budget for _, follower in asked]
+        budgets = [follower.budget for follower in asked]
         if self.purse > 0 and not any(budgets):
             self._probe(load, budgets)
         self._awake = any(budgets)
@@ -137,13 +139,13 @@ class AutoControl:
                 del self.tenants[next(iter(self.tenants))]
         self.tenants[sequence.tenant] = shared  # now the latest
         curves = [[Curve(OWN) for _ in range(HEATS)] for _ in arms]
-        return Follower(curves, shared, [0 for _ in arms])
+        return Follower(sequence, curves, shared, [0 for _ in arms])
 
     def _choose(self, load: Load) -> None:
         """Raise budgets in the order of their worth a row, and keep the best point on the way."""
         reads = load.context / max(load.decoding, 1)
         steps: list[tuple[float, float, float, int, Follower]] = []
-        for _, follower in self._asked:
+        for follower in self._asked:
             if follower.stale or not follower.worths:
                 self._weigh(follower, load, reads)
                 follower.stale = False
@@ -154,6 +156,8 @@ class AutoControl:
         tokens, rows = float(load.decoding), float(load.rows_taken)
         plain = tokens / max(self._seconds(load, rows, reads), 1e-9)
         best, best_at = plain * (1 + MARGIN), -1
+        if not self.passes.known:  # no look was possible: the first steps run plain
+            steps = []
         deepest = [0.0] * len(self.drafts)
         left = load.rows_left
         drafting = 0.0
@@ -209,8 +213,7 @@ class AutoControl:
     def _assign(self, follower: Follower) -> None:
         drafting = self.context.drafting()
         if isinstance(drafting, Portfolio):
-            sequence = next(s for s, f in self._asked if f is follower)
-            drafting.assign(sequence, follower.arm)
+            drafting.assign(follower.sequence, follower.arm)
 
     def _seconds(self, load: Load, rows: float, reads: float) -> float:
         """Of a step without its drafting; ``reads`` is the context of a row."""
@@ -227,8 +230,8 @@ class AutoControl:
 
         Only where trials cannot tell: drafters that they do no harm to are watched by them.
         """
-        place = max(range(len(self._asked)), key=lambda i: self._asked[i][1].idle)
-        _, follower = self._asked[place]
+        place = max(range(len(self._asked)), key=lambda i: self._asked[i].idle)
+        follower = self._asked[place]
         budget = min(2, load.rows_left, self.method.most)
         arms = [arm for arm, trial in enumerate(self.by_trial) if not trial]
         if not arms or not budget or follower.idle < 8:
@@ -263,12 +266,9 @@ class AutoControl:
             follower = followers.get(id(outcome.sequence))
             if follower is None:
                 continue
-            if len(outcome.tree) == 1 and not follower.budget:
-                follower.idle += 1
-                if follower.trial is not None:
-                    self._judge(outcome.sequence, follower, follower.trial)
-            else:
-                follower.trial = None
+            follower.idle += not follower.budget
+            if follower.trial is not None:
+                self._judge(outcome.sequence, follower, follower.trial)
         if self.purse > 0 and report.outcomes:
             self._try(report.outcomes)
 
@@ -339,13 +339,14 @@ class AutoControl:
             )
 
     def _try(self, outcomes: Sequence[Outcome]) -> None:
-        """Begin a trial for one sequence that does not draft, and pay for it."""
+        """Begin a trial of a drafter that a sequence does not use now, and pay for it."""
         outcome = outcomes[self.steps % len(outcomes)]
         sequence = outcome.sequence
         follower = self.followers.get(id(sequence))
-        if follower is None or follower.budget or follower.trial is not None:
+        if follower is None or follower.trial is not None:
             return
-        arms = [arm for arm, trial in enumerate(self.by_trial) if trial]
+        used = follower.arm if follower.budget else None
+        arms = [arm for arm, trial in enumerate(self.by_trial) if trial and arm != used]
         if not arms:
             return
         arm = arms[self.steps // len(outcomes) % len(arms)]

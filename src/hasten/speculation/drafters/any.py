@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hasten.methods import method
-from hasten.speculation.base import Draftable, Drafter, DraftContext, Drafting, Outcome
+from hasten.speculation.base import Draftable, DraftContext, Drafter, Drafting, Outcome
 from hasten.speculation.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -46,15 +46,12 @@ class AnyOf:
 class Part:
     """A sequence as one of the drafters sees it: with that drafter's state."""
 
-    __slots__ = ("draft_state", "sequence")
+    __slots__ = ("draft_state", "sequence", "tokens")
 
     def __init__(self, sequence: Draftable) -> None:
         self.sequence = sequence
+        self.tokens = sequence.tokens  # the same list: it grows with the sequence
         self.draft_state: Any = None
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.sequence.tokens
 
     @property
     def num_prompt(self) -> int:
