@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.methods import method
 from hasten.speculation.base import Draftable, DraftContext, Drafter, Drafting, Outcome
+from hasten.speculation.drafters.prompt_lookup import PromptLookup
 from hasten.speculation.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ class AnyOf:
 
     With ``control=auto`` each sequence gets the drafter that gains it most time. With a controller
     that does not pick, the first of them that proposes something does. All of them learn from all
-    tokens, whoever proposed.
+    tokens, whoever proposed. By default long and short matches of prompt lookup.
     """
 
-    of: tuple[Drafter, ...] = ()
+    of: tuple[Drafter, ...] = (PromptLookup(min_ngram=2), PromptLookup(k=2, max_ngram=1))
 
     def __post_init__(self) -> None:
         if len(self.of) < 2:
