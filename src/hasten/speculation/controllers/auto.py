@@ -28,6 +28,8 @@ MARGIN = 0.01
 """Gain in tokens a second below which drafting is not worth its risk."""
 TENANTS = 1024
 """Tenants whose curves are kept (about 4 KiB each and drafter); the one longest unused goes."""
+PLANNING = 0.01
+"""Share of the time that weighing budgets may take; between two times, they stay as they are."""
 LEARN_EVERY = 16
 """Steps without candidates between two that the step times learn from."""
 
@@ -101,6 +103,8 @@ class AutoControl:
         self.tenants: dict[str, list[list[Curve]]] = {}
         self.purse = 0.0
         """Seconds that may be spent on looking."""
+        self._spare = 0.0
+        """Seconds that planning may take, negative after it took them."""
         self.steps = 0
         self._load: tuple[int, int, int] = (0, 0, 0)
         self._asked: list[Follower] = []
@@ -121,10 +125,16 @@ class AutoControl:
             asked.append(follower)
         self._asked = asked
         now = (load.decoding, load.rows_taken, load.rows_left)
-        if stale or now != self._load:
+        if (stale or now != self._load) and self._spare >= 0:
+            began = self.clock()
             self._load = now
             self._choose(load)
+            self._spare -= self.clock() - began
         budgets = [follower.budget for follower in asked]
+        if sum(budgets) > load.rows_left:  # chosen when there was more room
+            budgets = [min(b, load.rows_left // len(budgets)) for b in budgets]
+            for follower, budget in zip(asked, budgets, strict=True):
+                follower.budget, follower.stale = budget, True
         if self.purse > 0 and not any(budgets):
             self._probe(load, budgets)
         self._awake = any(budgets)
@@ -257,6 +267,7 @@ class AutoControl:
         self.steps += 1
         share = self.method.explore * report.step_seconds
         self.purse = min(self.purse + share, 100 * share)
+        self._spare = min(self._spare + PLANNING * report.step_seconds, 0.0)
         if self._awake:
             self._learn_drafts(report)
         if self._awake or self.steps % LEARN_EVERY == 0 or not self.passes.known:
