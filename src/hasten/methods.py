@@ -44,6 +44,7 @@ DOES: dict[str, str] = {
     "runs-draft-model": "runs a second model whose hidden states a controller may read",
     "tells-root-law": "tells what its draft model expects after the root",
     "weighs-draft-laws": "accepts by the probabilities from which candidates were drawn",
+    "drafts-from-text": "proposes from tokens alone: asking it without verifying does no harm",
     "proposes-tokens": "adds candidate rows that are verified",
     "accepts-tokens": "decides which candidates become output",
     "limits-view": "hides positions from attention",

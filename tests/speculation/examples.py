@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from hasten.methods import Card
 from hasten.speculation.datastore import write
+from hasten.speculation.controllers.specdec_plus_plus import fingerprint
+from hasten.training.acceptance_head import Head, save_head
 from tests.conftest import RandomWeights, tiny_facts
 
 VOCAB = 61
@@ -73,6 +75,13 @@ def tiny_datastore(folder: Path) -> Path:
     return folder / "tiny.store"
 
 
+def tiny_head(folder: Path) -> Path:
+    """An acceptance head for `tiny_draft`, untrained."""
+    out = folder / "head.safetensors"
+    save_head(Head(FACTS["hidden_size"], 2), fingerprint(str(tiny_draft(folder))), out)
+    return out
+
+
 PARAMETERS: Needed = {
     "model": lambda folder: f"path={tiny_draft(folder)},k=3",
     "easyspec": lambda folder: f"path={tiny_draft(folder)},k=3",
@@ -84,13 +93,18 @@ PARAMETERS: Needed = {
         f"base=model(path={tiny_draft(folder)},k=3),top=30,"
         f"of=retrieval(file={tiny_datastore(folder)},shortest=1)|copyspec(gamma=1)"
     ),
+    "specdec++": lambda folder: f"head={tiny_head(folder)}",
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",
 }
 """Method name -> parameters, given a folder for files."""
+
+BESIDE: Needed = {"specdec++": lambda folder: f"draft=model(path={tiny_draft(folder)},k=3),"}
+"""Method name -> what else its stack needs."""
 
 
 def example(card: Card, folder: Path) -> str:
     """The choice of a slot that runs the method on a tiny model."""
     inside = PARAMETERS.get(card.name)
     choice = card.name if inside is None else f"{card.name}({inside(folder)})"
-    return f"{card.slots[0]}={choice}"
+    beside = BESIDE.get(card.name, lambda _: "")(folder)
+    return f"{beside}{card.slots[0]}={choice}"

@@ -34,7 +34,7 @@ PENALTIES: dict[str, dict[str, Any]] = {
 FACTORS: dict[str, list[Any]] = {
     "draft": [card for card in cards("draft") if card.exact != "lossy"],
     "verify": [card for card in cards("verify") if card.exact != "lossy"],
-    "control": [card for card in cards("control") if card.exact != "lossy"],
+    "control": [card for card in cards("control") if card.exact != "lossy" and not card.needs],
     "together": list(LENGTH),
     "chunk": [0, 5],
     "prefix": ["off", "cold", "hit"],

@@ -115,3 +115,32 @@ def trigrams(
             f"wrote {out} ({len(table['pairs'])} pairs with {len(table['tokens'])} successors, "
             f"{out.stat().st_size / 1e6:.1f} MB)"
         )
+
+
+@app.command()
+def acceptance_head(
+    out: Annotated[Path, typer.Option("--out", "-o", help="File that gets the head.")],
+    model: o.Model = "reference",
+    draft: Annotated[
+        str, typer.Option(help="The draft model whose states the head reads.")
+    ] = "reference-draft",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with a prompt a line. Default: functions of this Python."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts to use at most.")] = 512,
+    length: Annotated[int, typer.Option(min=2, help="Tokens the target writes for each.")] = 128,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the texts.")] = 3,
+    seed: Annotated[int, typer.Option(help="Same seed, same head.")] = 0,
+    threads: o.Threads = None,
+) -> None:
+    """Train the head with which control=specdec++ ends drafts; minutes for small models."""
+    with o.one_line_errors():
+        o.set_threads(threads)
+        from hasten.training.acceptance_head import HeadRecipe, make_head
+
+        recipe = HeadRecipe(length=length, epochs=epochs, seed=seed)
+        texts = None
+        if prompts is not None:
+            texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
+        make_head(model, draft, out, recipe, texts, count, report=typer.echo)

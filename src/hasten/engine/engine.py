@@ -175,6 +175,7 @@ class Engine:
                 draft=stack["draft"],
                 drafting=lambda: self.drafting,
                 max_batch_tokens=self.config.max_batch_tokens,
+                time_step=self._time_step,
             )
         )
         self.drafting: Drafting = stack["draft"].start(
@@ -348,8 +349,7 @@ class Engine:
                 self._heal()
             return []
         try:
-            load, trees = self._draft(plan)
-            drafted = self.clock.now()
+            load, trees, draft_seconds = self._draft(plan)
             batch, begun = self._build(plan, trees)
             output = self.executor.submit(
                 batch, self.cache.take_copies(), self.drafting.capture, begun
@@ -358,10 +358,10 @@ class Engine:
             deltas, outcomes = self._verify_and_commit(plan, trees, batch, output)
             verified = self.clock.now()
             self.drafting.observe(outcomes)
+            draft_seconds += self.clock.now() - verified
         except Exception as error:
             logger.exception("a step failed; its sequences end with an error")
             return self._fail(plan, error)
-        draft_seconds = drafted - began + self.clock.now() - verified
         for delta in deltas:
             if delta.sequence.finish_reason is not None:
                 self._retire(delta.sequence)
@@ -433,8 +433,8 @@ class Engine:
                 figures.cached_tokens = sequence.stream.computed
         return plan
 
-    def _draft(self, plan: Plan) -> tuple[Load, dict[int, TokenTree]]:
-        """The load, and trees with candidates by index of the grant."""
+    def _draft(self, plan: Plan) -> tuple[Load, dict[int, TokenTree], float]:
+        """The load, trees with candidates by index of the grant, and seconds of proposing."""
         places = [
             (i, g.sequence)
             for i, g in enumerate(plan.grants)
@@ -451,7 +451,7 @@ class Engine:
         )
         trees: dict[int, TokenTree] = {}
         if not self._drafts or not sequences:
-            return load, trees
+            return load, trees, 0.0
         budgets = self.control.plan(sequences, load)
         # the last token that may be generated is never a root, so drafts stop one before it
         budgets = [
@@ -461,8 +461,10 @@ class Engine:
         if sum(budgets) > left:
             raise AssertionError(f"budgets {budgets} exceed the {left} rows that are left")
         if not any(budgets):
-            return load, trees
+            return load, trees, 0.0
+        began = self.clock.now()
         proposed = self.drafting.propose(sequences, budgets)
+        seconds = self.clock.now() - began
         for (i, sequence), budget, tree in zip(places, budgets, proposed, strict=True):
             candidates = len(tree) - 1
             if candidates > budget or tree.token[0] != sequence.tokens[-1]:
@@ -474,7 +476,7 @@ class Engine:
                 sequence.stream, len(sequence.tokens) + candidates
             ):
                 trees[i] = tree
-        return load, trees
+        return load, trees, seconds
 
     def _build(self, plan: Plan, trees: dict[int, TokenTree]) -> tuple[Batch, list[Begun]]:
         segments, begun, row = [], [], 0
@@ -626,6 +628,23 @@ class Engine:
             self.requests.pop(sequence.request.id, None)
 
     # ---- upkeep -----------------------------------------------------------------------------
+
+    def _time_step(self, rows: int, context: int) -> float:
+        """Seconds of a pass over a chain of ``rows`` rows behind ``context`` positions, on pages
+        that nobody holds. See ``ControlContext.time_step``."""
+        context = max(0, min(context, self.max_length - rows))
+        stream = Stream([0] * (context + 1))
+        fits = rows <= self.config.max_batch_tokens and rows <= self.max_length
+        if not fits or not self.cache.attach(stream):
+            raise ValueError(f"a pass of {rows} rows does not fit this engine")
+        try:
+            if not self.cache.reserve(stream, context + rows):
+                raise ValueError(f"a pass of {rows} rows does not fit this engine")
+            tree = TokenTree.chain([0] * rows)
+            batch = Batch.build([Segment(stream.table_row, context, [0], tree)], self.cache.tables)
+            return self.executor.submit(batch).result().seconds
+        finally:
+            self.cache.release(stream)
 
     def _heal(self) -> None:
         """Give back pages that nobody who runs owns: counted and logged, never fatal."""

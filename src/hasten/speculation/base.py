@@ -353,9 +353,9 @@ class ControlContext:
         draft: the method of the slot ``draft``.
         drafting: gives it at work. It is made after the controller (which it asks when to stop),
             so call it when planning, not in ``start``.
-        time_step: runs a pass of ``rows`` rows over ``context`` positions on scratch pages of an
-            idle engine and returns its seconds (start-up latency table); None where that is not
-            possible.
+        time_step: runs a pass of a chain of ``rows`` rows behind ``context`` positions (cut to
+            what fits) on free pages and returns its seconds, for a latency table made in
+            ``start``. ``ValueError`` if so many rows do not fit; None where nothing can be timed.
         max_batch_tokens: rows of a step.
     """
 

@@ -36,7 +36,7 @@ class NgramIndex:
     paper="Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding)",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens",),
+    does=("proposes-tokens", "drafts-from-text"),
 )
 @dataclass(frozen=True)
 class PromptLookup(StatelessDrafting):

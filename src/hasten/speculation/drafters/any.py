@@ -1,0 +1,158 @@
+"""Several drafters at hand, one of them at a time for each sequence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hasten.methods import method
+from hasten.speculation.base import Draftable, DraftContext, Drafter, Drafting, Outcome
+from hasten.speculation.drafters.prompt_lookup import PromptLookup
+from hasten.speculation.tree import TokenTree
+
+if TYPE_CHECKING:
+    from hasten.cache.manager import Stream
+    from hasten.decoding.sampling import Sampler
+
+
+@method(
+    "any",
+    slot="draft",
+    exact="bitwise",
+    needs=("token-history", "spare-slots"),
+    does=("proposes-tokens",),
+)
+@dataclass(frozen=True)
+class AnyOf:
+    """A portfolio, ``any(of=prompt-lookup|model)``: the controller picks who drafts, per sequence.
+
+    With ``control=auto`` each sequence gets the drafter that gains it most time. With a controller
+    that does not pick, the first of them that proposes something does. All of them learn from all
+    tokens, whoever proposed. By default long and short matches of prompt lookup.
+    """
+
+    of: tuple[Drafter, ...] = (PromptLookup(min_ngram=2), PromptLookup(k=2, max_ngram=1))
+
+    def __post_init__(self) -> None:
+        if len(self.of) < 2:
+            raise ValueError("name at least two drafters: any(of=prompt-lookup|model)")
+
+    def start(self, context: DraftContext) -> Portfolio:
+        names = [str(part.card.name) for part in self.of]  # type: ignore[attr-defined]
+        return Portfolio([part.start(context) for part in self.of], names)
+
+
+class Part:
+    """A sequence as one of the drafters sees it: with that drafter's state."""
+
+    __slots__ = ("draft_state", "sequence", "tokens")
+
+    def __init__(self, sequence: Draftable) -> None:
+        self.sequence = sequence
+        self.tokens = sequence.tokens  # the same list: it grows with the sequence
+        self.draft_state: Any = None
+
+    @property
+    def num_prompt(self) -> int:
+        return self.sequence.num_prompt
+
+    @property
+    def tenant(self) -> str:
+        return self.sequence.tenant
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.sequence.sampler
+
+    @property
+    def stream(self) -> Stream:
+        return self.sequence.stream
+
+
+@dataclass(slots=True)
+class Parts:
+    """State of a sequence: its view for each drafter, and who drafts (None = the first that
+    proposes something)."""
+
+    views: list[Part]
+    arm: int | None = None
+    open: int = 0
+    """Drafters, as bits, whose last proposal has not been settled by an outcome."""
+
+
+class Portfolio:
+    """`Drafting` by one of several for each sequence."""
+
+    def __init__(self, parts: Sequence[Drafting], names: Sequence[str]) -> None:
+        self.parts = list(parts)
+        self.sources = list(names)
+        self.capture = sorted({layer for part in parts for layer in part.capture})
+        self.seconds = [0.0] * len(self.parts)
+        """Time that each drafter took in the last ``propose``."""
+
+    def open(self, sequence: Draftable) -> Parts:
+        views = [Part(sequence) for _ in self.parts]
+        for part, view in zip(self.parts, views, strict=True):
+            view.draft_state = part.open(view)
+        return Parts(views)
+
+    def assign(self, sequence: Draftable, arm: int) -> None:
+        """Let one drafter propose for a sequence from now on."""
+        sequence.draft_state.arm = arm
+
+    def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
+        trees = [TokenTree.root(s.tokens[-1]) for s in sequences]
+        for arm in range(len(self.parts)):
+            self.seconds[arm] = 0.0
+            asked = [
+                i
+                for i, (s, budget) in enumerate(zip(sequences, budgets, strict=True))
+                if budget and len(trees[i]) == 1 and s.draft_state.arm in (None, arm)
+            ]
+            if asked:
+                found = self.ask(arm, [sequences[i] for i in asked], [budgets[i] for i in asked])
+                for i, tree in zip(asked, found, strict=True):
+                    trees[i] = tree
+        return trees
+
+    def ask(
+        self, arm: int, sequences: Sequence[Draftable], budgets: Sequence[int]
+    ) -> list[TokenTree]:
+        """What one of the drafters proposes, whoever is assigned."""
+        began = time.perf_counter()
+        views = [s.draft_state.views[arm] for s in sequences]
+        trees = self.parts[arm].propose(views, budgets)
+        for sequence, tree in zip(sequences, trees, strict=True):
+            if len(tree) > 1:
+                tree.source = [0] + [1 << arm] * (len(tree) - 1)
+                sequence.draft_state.open |= 1 << arm
+        self.seconds[arm] = time.perf_counter() - began
+        return trees
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for arm, part in enumerate(self.parts):
+            part.observe([_seen_by(arm, outcome) for outcome in outcomes])
+        for outcome in outcomes:
+            outcome.sequence.draft_state.open = 0
+
+    def rollback(self, sequence: Draftable, length: int) -> None:
+        for part, view in zip(self.parts, sequence.draft_state.views, strict=True):
+            part.rollback(view, length)
+
+    def close(self, sequence: Draftable) -> None:
+        for part, view in zip(self.parts, sequence.draft_state.views, strict=True):
+            part.close(view)
+
+
+def _seen_by(arm: int, outcome: Outcome) -> Outcome:
+    """What a drafter is told. One whose own proposal was not verified sees no candidates: it may
+    hold keys and values of what it proposed, and would take the tree for its own."""
+    parts, tree = outcome.sequence.draft_state, outcome.tree
+    own = replace(outcome, sequence=parts.views[arm])
+    if parts.open >> arm & 1 and (len(tree) == 1 or not tree.source[1] >> arm & 1):
+        own.tree, own.path = TokenTree.root(tree.token[0]), [0]
+        own.logits = outcome.logits[:1]
+        own.hidden = {layer: hidden[:1] for layer, hidden in outcome.hidden.items()}
+    return own

@@ -1,0 +1,169 @@
+"""What steps cost: learned from the engine's own steps, after a short look at the idle engine.
+
+A step's time has three parts that behave differently. The forward pass depends on its rows, in
+jumps (few rows share the reading of the weights, many compute), and on the positions that they
+read: `PassTimes`. Drafting, and what surrounds a pass, are sums of few terms: `LinearTimes`.
+Every part believes a single odd measurement little: a step may have been interrupted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from hasten.engine.recording import MAX_ROWS
+
+# dense where few rows are, where the recorded passes end, and doubling from there
+KNOTS = (1, 2, 3, 4, 6, 8, 12, MAX_ROWS, MAX_ROWS + 1, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+LOOK_SECONDS = 0.2
+"""Time for the look at the idle engine; the first pass of all may take longer by itself."""
+LOOKS = (1, 2, 4, 8, MAX_ROWS, MAX_ROWS + 1, 32, 64, 128, 256, 512)
+CONTEXTS = (16, 1024)
+"""Positions before the rows that are timed."""
+OUTLIER = 3.0
+"""Deviations, in units of the usual one, that a measurement may have at most; more is cut."""
+
+
+class PassTimes:
+    """Seconds of a forward pass by rows and by positions read.
+
+    Linear between knots in the number of rows, plus a price for each position that a row reads.
+    A knot that was never measured lies on the line through the measured ones beside it.
+    """
+
+    def __init__(self, most_rows: int) -> None:
+        self.knots = [k for k in KNOTS if k < most_rows]
+        self.knots.append(most_rows if most_rows > 1 else 2)
+        self.value = [0.0] * len(self.knots)
+        self.count = [0] * len(self.knots)
+        """Measurements near each knot."""
+        self.per_read = 0.0
+        """From the look alone: online it could not be told from other slow changes, which the
+        knots follow."""
+        self.deviation = 0.0
+        """The usual relative error of a prediction."""
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return self.value[0] > 0
+
+    def look(self, time_step: Callable[[int, int], float]) -> None:
+        """Time passes of an idle engine: rows in doubling order, then a long context.
+
+        The first pass of a size may be recorded or allocate, so the second one counts.
+        """
+        spent = last = 0.0
+        try:
+            for rows in LOOKS:
+                place = bisect_right(self.knots, rows) - 1
+                if self.knots[place] != rows or spent + 3 * last > LOOK_SECONDS:
+                    continue
+                spent += time_step(rows, CONTEXTS[0])
+                last = min(time_step(rows, CONTEXTS[0]) for _ in range(2))
+                spent += 2 * last
+                self.value[place], self.count[place] = last, 3
+                if rows == 1:
+                    far = min(time_step(rows, CONTEXTS[1]) for _ in range(2))
+                    spent += 2 * far
+                    self.per_read = max(0.0, far - last) / (CONTEXTS[1] - CONTEXTS[0])
+        except ValueError:  # the engine is smaller than that
+            pass
+        self._fill()
+
+    def seconds(self, rows: float, reads: float = 0.0) -> float:
+        """Of a pass of so many rows that read so many positions together; 0 if nothing is known."""
+        low, high, share = self._place(rows)
+        below, above = self.value[low], self.value[high]
+        return below + (above - below) * share + self.per_read * reads
+
+    def observe(self, rows: int, reads: float, seconds: float) -> None:
+        """Learn from a pass."""
+        low, high, share = self._place(rows)
+        fresh = not (self.count[low] if share < 0.5 else self.count[high])
+        predicted = self.seconds(rows, reads)
+        error = seconds - predicted
+        if fresh or not predicted:
+            step = 1.0  # nothing better is known about so many rows
+        else:
+            relative = abs(error) / predicted
+            limit = OUTLIER * max(self.deviation, 0.02)
+            # the cut value counts, so a lasting change widens the limit step by step
+            self.deviation += 0.05 * (min(relative, 2 * limit) - self.deviation)
+            if error > 0 and relative > limit:  # interruptions lengthen a step, nothing shortens it
+                error *= limit / relative
+            near = min(self.count[low], 20) if share < 0.5 else min(self.count[high], 20)
+            step = max(0.1, 1 / (near + 1))
+        step *= error / ((1 - share) ** 2 + share**2)
+        for place, weight in ((low, 1 - share), (high, share)):
+            if weight > 0:
+                self.value[place] = max(1e-9, self.value[place] + step * weight)
+                self.count[place] += weight >= 0.5
+        if fresh or 0 in (self.count[low], self.count[high]):
+            self._fill()
+
+    def _fill(self) -> None:
+        """Give the knots that were not measured what the measured ones say."""
+        known = [place for place, count in enumerate(self.count) if count]
+        for place, count in enumerate(self.count):
+            if count or not known:
+                continue
+            right = bisect_right(known, place)
+            if right == 0:
+                self.value[place] = self.value[known[0]]
+                continue
+            low = known[right - 1]
+            high = known[right] if right < len(known) else low
+            if high == low and right > 1:
+                low = known[right - 2]
+            slope = 0.0
+            if high > low:
+                slope = (self.value[high] - self.value[low]) / (self.knots[high] - self.knots[low])
+            away = self.knots[place] - self.knots[low]
+            self.value[place] = self.value[low] + max(0.0, slope) * away
+
+    def _place(self, rows: float) -> tuple[int, int, float]:
+        """Knots around a number of rows and how far it is from the first to the second."""
+        knots = self.knots
+        high = min(max(bisect_right(knots, rows), 1), len(knots) - 1)
+        low = high - 1
+        share = (rows - knots[low]) / (knots[high] - knots[low])
+        return low, high, max(0.0, share)
+
+
+class LinearTimes:
+    """Seconds as a sum of terms with prices that are not negative, by recursive least squares.
+
+    ``memory`` is how many measurements count, about.
+    """
+
+    def __init__(self, terms: int, memory: float = 100.0) -> None:
+        self.price = [0.0] * terms
+        self.seen = 0
+        self._keep = 1 - 1 / memory
+        self._gain = [[1e3 * (i == j) for j in range(terms)] for i in range(terms)]
+        self._usual = 0.0
+
+    def seconds(self, terms: Sequence[float]) -> float:
+        return sum(max(0.0, p) * t for p, t in zip(self.price, terms, strict=True))
+
+    def observe(self, terms: Sequence[float], seconds: float) -> None:
+        """Learn from a measurement; cut where it is far from what was expected."""
+        gain = self._gain
+        along = [sum(g * t for g, t in zip(row, terms, strict=True)) for row in gain]
+        total = self._keep + sum(a * t for a, t in zip(along, terms, strict=True))
+        error = seconds - sum(p * t for p, t in zip(self.price, terms, strict=True))
+        self.seen += 1
+        if self.seen > 8:
+            limit = OUTLIER * self._usual
+            error = min(max(error, -limit), limit)
+            self._usual += 0.05 * (min(abs(error) * 1.5, 2 * limit) - self._usual) + 1e-9
+        else:
+            self._usual += (abs(error) - self._usual) / self.seen if self.seen > 1 else 0.0
+        for i, a in enumerate(along):
+            self.price[i] += a / total * error
+        trace = sum(gain[i][i] for i in range(len(terms)))
+        keep = self._keep if trace < 1e4 * len(terms) else 1.0  # terms that never vary stay put
+        for i, a in enumerate(along):
+            for j, b in enumerate(along):
+                gain[i][j] = (gain[i][j] - a * b / total) / keep

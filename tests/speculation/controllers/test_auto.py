@@ -1,0 +1,192 @@
+"""The cost-aware controller against every fixed budget, on simulated engines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hasten.decoding.params import SamplingParams
+from hasten.engine.engine import Engine, EngineConfig
+from hasten.models.base import Decoder
+from hasten.speculation.controllers.auto import TENANTS, Auto, AutoControl
+from hasten.speculation.controllers.fixed import Fixed
+from hasten.speculation.drafters.any import Portfolio
+from hasten.stack import Stack
+from tests.speculation.controllers.simulated import Lots, Simulation, Text, machine
+
+SLOW_ROWS = machine(3e-4, 1.5e-4)
+FREE_ROWS = machine(1e-2, 1e-3, free=16)
+MODEL_LIKE: frozenset[str] = frozenset()
+"""What a drafter does that may not be asked for trials."""
+
+
+def rate(
+    control: Any,
+    quality: Callable[[int], float],
+    pass_seconds: Callable[[int], float],
+    batch: int = 1,
+    tokens: int = 2000,
+    cost: float = 1e-5,
+    **options: Any,
+) -> float:
+    drafting = Lots(lambda k: cost, random.Random(3), options.pop("coverage", 1.0))
+    texts = [Text(quality) for _ in range(batch)]
+    simulation = Simulation(control, texts, pass_seconds, drafting=drafting, noise=0.1, **options)
+    return simulation.run(tokens)
+
+
+@pytest.mark.parametrize("pass_seconds", [SLOW_ROWS, FREE_ROWS])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_near_the_best_fixed_budget(
+    pass_seconds: Callable[[int], float], alpha: float, batch: int
+) -> None:
+    def quality(position: int) -> float:
+        return alpha
+
+    tokens = 2000 if batch == 1 else 800
+    fixed = [rate(Fixed(k), quality, pass_seconds, batch, tokens) for k in (0, 1, 2, 4, 8, 16)]
+    # short runs: what it takes to find out is part of them
+    assert rate(Auto(), quality, pass_seconds, batch, tokens) > 0.9 * max(fixed)
+
+
+@pytest.mark.parametrize("does", [frozenset({"drafts-from-text"}), MODEL_LIKE])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_useless_drafts_cost_little(batch: int, does: frozenset[str]) -> None:
+    def never(position: int) -> float:
+        return 0.0
+
+    tokens = {1: 2000, 8: 800, 64: 400}[batch]
+    off = rate(Fixed(0), never, SLOW_ROWS, batch, tokens, does=does)
+    assert rate(Auto(), never, SLOW_ROWS, batch, tokens, does=does) > 0.97 * off
+
+
+@pytest.mark.parametrize("does", [frozenset({"drafts-from-text"}), MODEL_LIKE])
+def test_it_wakes_when_drafts_become_good(does: frozenset[str]) -> None:
+    def turn(position: int) -> float:
+        return 0.0 if position < 1500 else 0.97
+
+    auto = Simulation(Auto(), [Text(turn)], SLOW_ROWS, does=does)
+    auto.run(1400)
+    asleep = auto.candidates
+    for _ in range(50):
+        auto.step()
+    assert auto.candidates - asleep < 10
+    auto.run(3000)
+    before, had = auto.candidates, auto.tokens
+    auto.run(500)
+    assert (auto.candidates - before) / (auto.tokens - had) > 0.5
+
+
+def test_runs_of_acceptance_beat_every_fixed_budget() -> None:
+    def runs(position: int) -> float:
+        return 0.98 if position // 100 % 2 else 0.03
+
+    fixed = max(rate(Fixed(k), runs, SLOW_ROWS, tokens=3000) for k in (0, 1, 2, 4, 8))
+    assert rate(Auto(), runs, SLOW_ROWS, tokens=3000) > 1.02 * fixed
+
+
+def test_the_cost_of_drafting_counts() -> None:
+    def good(position: int) -> float:
+        return 0.9
+
+    cheap = Simulation(Auto(), [Text(good)], SLOW_ROWS, drafting=Lots(lambda k: 1e-5, _rng()))
+    dear = Simulation(
+        Auto(), [Text(good)], SLOW_ROWS, does=MODEL_LIKE, drafting=Lots(lambda k: 3e-3, _rng())
+    )
+    cheap.run(1000)
+    dear.run(1000)
+    assert cheap.candidates > 500
+    assert dear.candidates < 100
+
+
+def test_it_learns_the_time_of_steps_without_a_look() -> None:
+    def good(position: int) -> float:
+        return 0.95
+
+    best = max(rate(Fixed(k), good, SLOW_ROWS) for k in (0, 2, 4, 8))
+    assert rate(Auto(), good, SLOW_ROWS, look=False) > 0.9 * best
+
+
+def test_each_sequence_gets_the_drafter_that_suits_it() -> None:
+    """Of two drafters, one is right in even texts only and the other in odd ones."""
+
+    class Picky(Lots):
+        def _chain(self, text: Any, budget: int) -> Any:
+            number = text.sequence.number
+            quality = 0.95 if number % 2 == self.which else 0.02
+            known = text.sequence.quality
+            text.sequence.quality = lambda position: quality
+            tree = super()._chain(text, budget)
+            text.sequence.quality = known
+            return tree
+
+    parts = [Picky(lambda k: 1e-5, random.Random(i), which=i) for i in range(2)]
+    card = SimpleNamespace(does=frozenset({"drafts-from-text"}))
+    draft = SimpleNamespace(of=tuple(SimpleNamespace(card=card) for _ in parts), card=card)
+    texts = [Text(lambda position: 0.0) for _ in range(4)]
+    for number, text in enumerate(texts):
+        text.number = number  # type: ignore[attr-defined]
+    simulation = Simulation(
+        Auto(), texts, FREE_ROWS, drafting=Portfolio(parts, ["even", "odd"]), draft=draft
+    )
+    simulation.run(300)
+    assert [text.draft_state.arm for text in texts] == [0, 1, 0, 1]
+
+
+def test_budgets_keep_to_the_room() -> None:
+    simulation = Simulation(Auto(), [Text(lambda p: 0.99) for _ in range(6)], FREE_ROWS, max_rows=9)
+    simulation.run(100)  # the simulation checks the sum of the budgets
+    assert simulation.candidates > 0
+
+
+def test_tenants_learn_apart_and_are_bounded() -> None:
+    simulation = Simulation(Auto(), [Text(lambda p: 0.9)], SLOW_ROWS)
+    control: AutoControl = simulation.control
+    simulation.run(50)
+    own = control.followers[id(simulation.texts[0])]
+    assert own.shared[0][0].asked + own.shared[0][2].asked > 0
+    for number in range(TENANTS + 5):
+        other = control._follow(Text(lambda p: 0.9, tenant=f"tenant {number}"))
+        assert all(curve.asked == 0 for curve in other.shared[0])
+    assert len(control.tenants) == TENANTS
+    control.close(simulation.texts[0])
+    assert not control.followers
+
+
+@pytest.mark.parametrize("bad", [{"most": 0}, {"most": 65}, {"explore": 1.0}, {"explore": -0.1}])
+def test_bad_parameters(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        Auto(**bad)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "draft", ["prompt-lookup", "any(of=prompt-lookup(k=3)|prompt-lookup(max_ngram=1))"]
+)
+def test_output_is_that_of_plain_decoding(
+    tiny: Callable[..., Decoder], draft: str, temperature: float
+) -> None:
+    model = tiny()
+    found = []
+    for stack in ("", f"draft={draft},control=auto"):
+        engine = Engine(
+            model, Stack.parse(stack), EngineConfig(max_sequences=3, max_batch_tokens=24)
+        )
+        params = SamplingParams(
+            max_tokens=40, temperature=temperature, seed=5, n=2, ignore_eos=True
+        )
+        requests = [engine.add([1 + i, 2, 3, 1 + i, 2], params) for i in range(4)]
+        while engine.has_work:
+            engine.step()
+        engine.check_ledger()
+        found.append([s.tokens for r in requests for s in r.sequences])
+    assert found[0] == found[1]
+
+
+def _rng() -> random.Random:
+    return random.Random(3)
