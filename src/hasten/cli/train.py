@@ -81,13 +81,12 @@ def kangaroo(
     """
     with o.one_line_errors():
         o.set_threads(threads)
-        from hasten.api.frontend import resolve
         from hasten.models.loading import load_model, locate
         from hasten.models.tokenizer import Tokenizer
         from hasten.training.documents import documents
         from hasten.training.kangaroo import AdapterRun, train_adapter
 
-        folder = locate(resolve(model))
+        folder = locate(model)
         run = AdapterRun(layer=layer, tokens=tokens, epochs=epochs)
         texts = documents(Tokenizer.load(folder), 2 * run.length, text or ())
         losses = train_adapter(load_model(folder), texts, out, work, run)
@@ -113,13 +112,12 @@ def layerskip(
         o.set_threads(threads)
         from dataclasses import replace
 
-        from hasten.api.frontend import resolve
         from hasten.models.loading import locate
         from hasten.training.layerskip import RUN, train_layerskip
         from hasten.training.reference import budget
 
         config = replace(RUN, **budget(minutes, tokens))
-        if train_layerskip(locate(resolve(model)), out, work, config):
+        if train_layerskip(locate(model), out, work, config):
             print(f"wrote {out}")
         else:
             print(f"interrupted; the same command goes on from {work}")
