@@ -263,10 +263,10 @@ class KangarooDrafting:
             state: KangarooState = sequence.draft_state
             if not self._attach(state) or state.known >= end:
                 continue
-            start = max(state.known, end - left)
-            if start > state.known:
-                self._restart(sequence, start)
-            if start < end:
+            if end - state.known > self.again:
+                self._restart(sequence, end - self.again)
+            start = state.known
+            if start < end <= start + left:  # others took the rows of this step: in the next one
                 left -= end - start
                 chunks.append((sequence, start, sequence.tokens[start:end]))
         if chunks:
@@ -320,12 +320,12 @@ class KangarooDrafting:
         self._take(chunks)
 
     def _take(self, chunks: Sequence[tuple[Draftable, int, Tensor]]) -> None:
-        """The same without a gap. A few states wait for the next pass of the adapter."""
+        """The same where nothing is missing before them. A few wait for the adapter's next pass."""
         due = []
         for sequence, start, rows in chunks:
             state: KangarooState = sequence.draft_state
-            if state.stream.table_row < 0:
-                continue
+            if state.stream.table_row < 0 or state.known < start:
+                continue  # no room, or a gap that waits for a later step
             if new := max(0, len(rows) - (state.known - start)):
                 state.late = torch.cat([state.late, rows[len(rows) - new :]])
             if len(state.late) > LATE_ROWS:
