@@ -54,6 +54,7 @@ def write_head(
         fresh,
         metadata={"hasten": json.dumps(described)},
     )
+    fresh.chmod(0o644)  # safetensors writes for the owner only
     os.replace(fresh, path)
 
 

@@ -157,6 +157,7 @@ def write_features(
             lengths = torch.tensor([len(part["tokens"]) for part in found])
             tensors["ends"] = lengths.cumsum(0).int()
             save_file(tensors, folder / f"{name}.new")
+            (folder / f"{name}.new").chmod(0o644)  # safetensors writes for the owner only
             os.replace(folder / f"{name}.new", folder / name)
             shards.append(
                 {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hasten import LLM
 from hasten.decoding.params import SamplingParams
 from hasten.engine.batch import Batch, Segment
 from hasten.engine.engine import Engine, EngineConfig
@@ -216,3 +217,13 @@ def test_bad_parameters(bad: dict[str, float]) -> None:
 def test_a_model_without_exits_is_refused(tiny: Callable[..., Decoder]) -> None:
     with pytest.raises(MethodError, match="stride"):
         engine_of(tiny("llama"), "draft=del(stride=2)")
+
+
+def test_the_reference_model_in_a_batch() -> None:
+    prompts = ["def add(a, b):\n", "import os\n\n\nclass Path:\n", "1, 2, 3, 4, "]
+    texts = []
+    for stack in ("plain", "draft=del(k=4)"):
+        llm = LLM("reference", stack=stack, max_sequences=3)
+        params = [SamplingParams(max_tokens=24, temperature=t, seed=7) for t in (0.0, 0.0, 0.8)]
+        texts.append([output.text for output in llm.generate(prompts, params)])
+    assert texts[0] == texts[1]

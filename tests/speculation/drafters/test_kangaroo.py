@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hasten import LLM
 from hasten.decoding.params import SamplingParams
 from hasten.engine.batch import Batch, Segment
 from hasten.engine.engine import Engine, EngineConfig
@@ -269,3 +270,16 @@ def test_refusals(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
     ):
         with pytest.raises(MethodError, match=words):
             engine_of(model, head)  # type: ignore[arg-type]
+
+
+def test_the_reference_model_in_a_batch(tmp_path: Path) -> None:
+    prompts = ["def add(a, b):\n", "import os\n\n\nclass Path:\n", "1, 2, 3, 4, "]
+    plain = LLM("reference", max_sequences=3)
+    random_adapter(plain.engine.model, tmp_path / "h")
+    drafted = LLM(
+        "reference", stack=f"draft=kangaroo(head={tmp_path / 'h'},eta=0)", max_sequences=3
+    )
+    params = [SamplingParams(max_tokens=24, temperature=t, seed=7) for t in (0.0, 0.0, 0.8)]
+    texts = [[o.text for o in llm.generate(prompts, params)] for llm in (plain, drafted)]
+    assert texts[0] == texts[1]
+    assert drafted.stats.speculation.drafted > 100
