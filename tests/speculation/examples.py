@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 
 from hasten.methods import Card
+from hasten.models import llama
+from tests.conftest import RandomWeights, tiny_facts
+from tests.speculation.self_drafts import random_adapter
 
 VOCAB = 61
 Needed = dict[str, Callable[[Path], str]]
@@ -45,12 +48,22 @@ def tiny_draft(folder: Path) -> Path:
     return folder / "draft"
 
 
+@cache
+def tiny_adapter(folder: Path) -> Path:
+    """For the random Llama of two layers, which is told by its sizes and its last norm."""
+    model = llama.Model(llama.configure(tiny_facts(), torch.float32), RandomWeights(0, 0.25))
+    random_adapter(model, folder / "adapter", layer=1)
+    return folder / "adapter"
+
+
 PARAMETERS: Needed = {
     "model": lambda folder: f"path={tiny_draft(folder)},k=3",
     "easyspec": lambda folder: f"path={tiny_draft(folder)},k=3",
     "pearl": lambda folder: f"path={tiny_draft(folder)},k=3",
     "dyspec": lambda folder: f"path={tiny_draft(folder)},n=7",
     "s2d": lambda folder: f"path={tiny_draft(folder)},k=3,exits=1,threshold=0.3",
+    "kangaroo": lambda folder: f"head={tiny_adapter(folder)},eta=0.1,k=4",
+    "del": lambda folder: "k=5",
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",
 }
 """Method name -> parameters, given a folder for files."""
