@@ -159,6 +159,21 @@ def test_bad_exits_end_in_plain_decoding(tiny: Callable[..., Decoder]) -> None:
     assert found.recorded_steps > 0.7 * (1 - 1 / LOOK_EVERY) * found.steps
 
 
+def test_a_new_sequence_begins_with_what_others_saw(tiny: Callable[..., Decoder]) -> None:
+    model = tiny("llama", **SHAPES["llama"])
+    engine = engine_of(model, "draft=del")
+    hot = {"temperature": 2.0, "seed": 1}
+    first = engine.add([5], SamplingParams(max_tokens=1)).sequences[0].draft_state
+    assert first.length > 0, "it must try to learn"
+    generate(engine, [[5, 6, 7]], 200, **hot)
+    drafted = engine.stats.speculation.drafted
+    later = engine.add([8, 9], SamplingParams(max_tokens=4, ignore_eos=True, **hot)).sequences[0]
+    assert later.draft_state.length == 0 and later.draft_state.looks_in > 0
+    while engine.has_work:
+        engine.step()
+    assert engine.stats.speculation.drafted == drafted
+
+
 def test_a_perfect_exit_is_found(tiny: Callable[..., Decoder]) -> None:
     """The layers behind the first two do nothing: exit 2 is as good as any and the cheapest."""
     model = tiny("llama", seed=9, **SHAPES["llama"])

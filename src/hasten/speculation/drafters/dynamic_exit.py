@@ -30,7 +30,11 @@ LOOK_EVERY = 8
 once more for each exit, and the step cannot be replayed from a recording."""
 
 PRIOR = 0.5
-"""Acceptance at every exit before anything was seen; it has the weight of one position."""
+"""Acceptance at every exit before anything was seen."""
+
+MEMORY = 0.99
+"""Decay, a round, of what all sequences of an engine saw: how good its exits are is mostly the
+model's, so a new sequence begins with that, at the weight of one position."""
 
 
 @method(
@@ -107,6 +111,7 @@ class ExitState:
     All sums are decayed, float64, one entry an exit.
 
     Attributes:
+        prior: acceptance at each exit as other sequences had it.
         positions: judged positions; the same for all exits.
         right: those at which the exit's shadow token was the target's.
         sure_right, sure_wrong: confidence, summed over right and over wrong shadow tokens.
@@ -116,6 +121,7 @@ class ExitState:
             at each exit that was passed, by depth.
     """
 
+    prior: Floats
     right: Floats
     sure_right: Floats
     sure_wrong: Floats
@@ -128,7 +134,7 @@ class ExitState:
 
     @property
     def acceptance(self) -> Floats:
-        return (self.right + PRIOR) / (self.positions + 1)
+        return (self.right + self.prior) / (self.positions + 1)
 
     def threshold(self) -> float:
         """Confidence below which a draft at the chosen exit ends; 0 until both kinds were seen."""
@@ -151,6 +157,8 @@ class DynamicExitDrafting:
         self.exits = exits
         """Counts of layers after which the head may read."""
         self._looking = False
+        self._right = np.full(len(exits), PRIOR)
+        self._positions = 1.0
 
     @property
     def capture(self) -> Sequence[int]:
@@ -159,8 +167,11 @@ class DynamicExitDrafting:
 
     def open(self, sequence: Draftable) -> ExitState:
         none = np.zeros(len(self.exits))
-        state = ExitState(none.copy(), none.copy(), none.copy())
+        prior = self._right / self._positions
+        state = ExitState(prior, none.copy(), none.copy(), none.copy())
         self._decide(state)
+        if not state.length:
+            state.looks_in = LOOK_EVERY - 1
         return state
 
     def _decide(self, state: ExitState) -> None:
@@ -306,6 +317,8 @@ class DynamicExitDrafting:
         right = best == np.array(tokens[: best.shape[1]])
         state.positions = decay * state.positions + best.shape[1]
         state.right = decay * state.right + right.sum(1)
+        self._positions = MEMORY * self._positions + best.shape[1]
+        self._right = MEMORY * self._right + right.sum(1)
         state.sure_right = decay * state.sure_right + (sure * right).sum(1)
         state.sure_wrong = decay * state.sure_wrong + (sure * ~right).sum(1)
         self._decide(state)
