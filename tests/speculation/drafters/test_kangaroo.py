@@ -105,6 +105,36 @@ def test_drafts_are_the_adapters_whatever_happens(
     assert not any(checked.drafting.cache.audit())
 
 
+def test_another_drafters_tree_may_be_verified(
+    tiny: Callable[..., Decoder], tmp_path: Path
+) -> None:
+    """Methods that combine drafters may verify other candidates than ours, or some of ours."""
+    model = tiny("llama", **SHAPES["llama"])
+    module = random_adapter(model, tmp_path / "h")
+    world = World(
+        model, drafts=None, choices=f"draft=kangaroo(head={tmp_path / 'h'},eta=0)", blocks=40
+    )
+    checked = Checked(world, module, 2)
+    rng, propose = random.Random(1), checked.drafting.propose
+    replaced = 0
+
+    def swapped(sequences: Sequence[Any], budgets: Sequence[int]) -> list[TokenTree]:
+        nonlocal replaced
+        trees = propose(sequences, budgets)
+        for i, tree in enumerate(trees):
+            if len(tree) > 1 and rng.random() < 0.5:
+                kept = rng.randrange(len(tree))
+                others = [rng.randrange(2, 61) for _ in range(len(tree) - 1 - kept)]
+                trees[i] = TokenTree.chain([*tree.token[: 1 + kept], *others])
+                replaced += 1
+        return trees
+
+    checked.drafting.propose = swapped  # type: ignore[method-assign]
+    run_load(world, random.Random(2))
+    assert checked.drafts > 50 and replaced > 20 and world.checked > 20
+    assert world.engine.stats.speculation.accepted > 0
+
+
 def engine_of(model: Decoder, head: Path, **settings: Any) -> Engine:
     inside = ",".join(f"{k}={v}" for k, v in {"head": head, **settings}.items())
     return Engine(
