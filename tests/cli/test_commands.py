@@ -25,6 +25,8 @@ COMMANDS = (
     ("bench", "throughput"),
     ("train",),
     ("train", "reference"),
+    ("train", "kangaroo"),
+    ("train", "layerskip"),
     ("widen",),
 )
 

@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from hasten.methods import Card
-from hasten.speculation.datastore import write
+from hasten.models import llama
 from hasten.speculation.controllers.specdec_plus_plus import fingerprint
+from hasten.speculation.datastore import write
 from hasten.training.acceptance_head import Head, save_head
 from tests.conftest import RandomWeights, tiny_facts
+from tests.speculation.self_drafts import random_adapter
 
 VOCAB = 61
 Needed = dict[str, Callable[[Path], str]]
@@ -82,6 +84,14 @@ def tiny_head(folder: Path) -> Path:
     return out
 
 
+@cache
+def tiny_adapter(folder: Path) -> Path:
+    """For the random Llama of two layers, which is told by its sizes and its last norm."""
+    model = llama.Model(llama.configure(tiny_facts(), torch.float32), RandomWeights(0, 0.25))
+    random_adapter(model, folder / "adapter", layer=1)
+    return folder / "adapter"
+
+
 PARAMETERS: Needed = {
     "model": lambda folder: f"path={tiny_draft(folder)},k=3",
     "easyspec": lambda folder: f"path={tiny_draft(folder)},k=3",
@@ -94,6 +104,8 @@ PARAMETERS: Needed = {
         f"of=retrieval(file={tiny_datastore(folder)},shortest=1)|copyspec(gamma=1)"
     ),
     "specdec++": lambda folder: f"head={tiny_head(folder)}",
+    "kangaroo": lambda folder: f"head={tiny_adapter(folder)},eta=0.1,k=4",
+    "del": lambda folder: "k=5",
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",
 }
 """Method name -> parameters, given a folder for files."""

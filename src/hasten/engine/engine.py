@@ -34,6 +34,7 @@ from hasten.models.base import Decoder
 from hasten.models.tokenizer import Tokenizer
 from hasten.scheduling.base import Plan
 from hasten.speculation.base import (
+    Computed,
     ControlContext,
     Controlling,
     DraftContext,
@@ -355,8 +356,11 @@ class Engine:
                 batch, self.cache.take_copies(), self.drafting.capture, begun
             ).result()
             computed = self.clock.now()
+            chunks = self._chunks(plan, batch, output)
             deltas, outcomes = self._verify_and_commit(plan, trees, batch, output)
             verified = self.clock.now()
+            if chunks:
+                self.drafting.absorb(chunks)
             self.drafting.observe(outcomes)
             draft_seconds += self.clock.now() - verified
         except Exception as error:
@@ -496,6 +500,18 @@ class Engine:
             segments.append(Segment(stream.table_row, start, tokens, tree, wanted))
             row += segments[-1].num_rows
         return Batch.build(segments, self.cache.tables), begun
+
+    def _chunks(self, plan: Plan, batch: Batch, output: Output) -> list[Computed]:
+        """Known tokens in front of the roots, for drafters that read hidden states."""
+        found = []
+        for i, grant in enumerate(plan.grants if output.hidden else ()):
+            rows, first = grant.rows - grant.reaches_end, int(batch.segment_rows[i])
+            if rows and not grant.sequence.request.embed:
+                hidden = {
+                    layer: states[first : first + rows] for layer, states in output.hidden.items()
+                }
+                found.append(Computed(grant.sequence, grant.sequence.stream.computed, hidden))
+        return found
 
     def _verify_and_commit(
         self, plan: Plan, trees: dict[int, TokenTree], batch: Batch, output: Output

@@ -145,12 +145,29 @@ class Outcome:
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Computed:
+    """Known tokens that a step computed in front of any root: a prompt's chunk, a resumption.
+
+    Arrays are valid during ``absorb`` only.
+
+    Attributes:
+        start: position of the first of them.
+        hidden: layer -> float32 [n, H], for the layers that ``Drafting.capture`` names.
+    """
+
+    sequence: Draftable
+    start: int
+    hidden: dict[int, Tensor]
+
+
 class Drafting(Protocol):
     """A drafter at work in one engine."""
 
     @property
     def capture(self) -> Sequence[int]:
-        """Target layers whose output ``observe`` needs. Mostly none."""
+        """Target layers whose output ``absorb`` and ``observe`` need. Mostly none. Read once a
+        step, after ``propose``."""
         ...
 
     @property
@@ -164,6 +181,11 @@ class Drafting(Protocol):
 
     def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
         """One tree a sequence, of at most ``budget`` nodes beside the root; 0 is common."""
+        ...
+
+    def absorb(self, chunks: Sequence[Computed]) -> None:
+        """The captured states of known tokens, before ``observe`` of the same step. Called only
+        where ``capture`` names layers. Positions that came from a prefix hit are in no chunk."""
         ...
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
@@ -203,6 +225,9 @@ class StatelessDrafting:
 
     def open(self, sequence: Draftable) -> Any:
         return None
+
+    def absorb(self, chunks: Sequence[Computed]) -> None:
+        pass
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         pass

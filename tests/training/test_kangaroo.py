@@ -1,0 +1,60 @@
+"""Adapters learn to agree with their model, and the engine computes what training computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from hasten.models.base import Decoder
+from hasten.training.features import FeatureStore, TeacherHead
+from hasten.training.kangaroo import AdapterModule, AdapterRun, fit, train_adapter
+from tests.speculation.self_drafts import SHAPES
+
+RUN = AdapterRun(layer=2, tokens=3000, epochs=8, length=32, batch_rows=8, warmup_steps=5)
+
+
+def texts(count: int = 80) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(2, 61) for _ in range(48)] for _ in range(count)]
+
+
+def test_an_adapter_learns(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
+    model = tiny("llama", **SHAPES["llama"])
+    losses = train_adapter(model, texts(), tmp_path / "a", tmp_path / "work", RUN)
+    assert sum(losses[-5:]) < 0.985 * sum(losses[:5])  # most of it is the labels' own entropy
+    store = FeatureStore(tmp_path / "work" / "features-2")
+    module, again = fit(model, store, RUN, tmp_path / "log.jsonl")
+    assert again == losses, "a function of store and run"
+    rows = store.batch(10**6, 16, 32)
+    with torch.no_grad():
+        head = TeacherHead(model)
+        right = [
+            float((head(m(rows.hidden[2])).argmax(-1) == rows.top_ids[..., 0]).float().mean())
+            for m in (AdapterModule(model), module)
+        ]
+    assert right[1] > right[0], right
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        assert file.get_tensor("q_proj.weight").dtype == model.config.dtype
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_it_starts_as_a_plain_exit(tiny: Callable[..., Decoder]) -> None:
+    """Two norms of ones around an attention that writes nothing: the head reads the same."""
+    model = tiny("llama", **SHAPES["llama"])
+    stream = torch.randn(2, 9, model.config.hidden_size)
+    head = TeacherHead(model)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            head(AdapterModule(model)(stream)), head(stream), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_an_exit_needs_layers_behind_it(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
+    model = tiny("llama", **SHAPES["llama"])
+    with pytest.raises(ValueError, match=r"1\.\.3"):
+        train_adapter(model, texts(), tmp_path / "a", tmp_path, AdapterRun(layer=4))
