@@ -194,9 +194,9 @@ void quantize(const float* x, int64_t k, RowSpan* to, int64_t step) {
         RowSpan& span = to[i / SPAN * step];
         const int sub = int(i % SPAN / SUB);
         int8_t* codes = span.codes + sub * SUB;
-        auto [scale, sum] = quantize_block(x + i, SUB, codes, 1);
-        span.scale[sub] = scale;
-        span.sum[sub] = scale * float(sum);
+        int32_t sum;
+        quantize_block(x + i, SUB, 1, codes, span.scale + sub, &sum);
+        span.sum[sub] = span.scale[sub] * float(sum);
         for (int h = 0; h < HALVES; h++) {
             if (HALVES > 1) {
                 sum = 0;

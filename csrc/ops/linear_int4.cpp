@@ -22,21 +22,26 @@ struct Int4 {
     template <int R, int P>
     static void tile(const Tile& t) {
         const int64_t group = t.args->group, step = t.width * 64;
+        const int64_t scales_at = t.width * LANES * (group / 2) + t.panel * LANES * 2;
+        const int64_t zeros_at = t.width * LANES * (group / 2 + 2) + t.panel * LANES;
+        const int64_t unit_step = unit_bytes(*t.args) * t.width;
         const int64_t stride = t.x->stride, blocks = t.x->blocks;
         const int8_t* x = t.x->codes + t.row * stride + t.unit * group;
         const float* x_scale = t.x->scales + t.row * blocks + t.unit;
         const int32_t* x_sum = t.x->sums + t.row * blocks + t.unit;
         const uint8_t* w = t.w;  // the unit
+        const int64_t units = t.units, first_codes = t.panel * 64;
         const uint8_t* ahead = t.ahead;
         float* held = (float*)t.held;
-        if (t.first)
-            for (int r = 0; r < R; r++)
-                for (int p = 0; p < P; p++) store(held + r * STRIP_OUTPUTS + p * LANES, zero());
-        for (int64_t i = 0; i < t.units; i++) {
+        F16 y[R][P];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++)
+                y[r][p] = t.first ? zero() : load(held + r * STRIP_OUTPUTS + p * LANES);
+        for (int64_t i = 0; i < units; i++) {
             ahead = t.fetch(ahead);
-            const uint8_t* codes = w + t.panel * 64;
-            const uint8_t* scales = w + t.width * LANES * (group / 2) + t.panel * LANES * 2;
-            const uint8_t* zeros = w + t.width * LANES * (group / 2 + 2) + t.panel * LANES;
+            const uint8_t *codes = w + first_codes, *scales = w + scales_at, *zeros = w + zeros_at;
             I16 sum[R][P];
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
@@ -81,14 +86,16 @@ struct Int4 {
             for (int p = 0; p < P; p++) {
                 const F16 scale = load_half((const uint16_t*)scales + p * LANES);
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    float* y = held + r * STRIP_OUTPUTS + p * LANES;
-                    store(y, fma(to_float(sum[r][p]), splat(x_scale[r * blocks]) * scale, load(y)));
-                }
+                for (int r = 0; r < R; r++)
+                    y[r][p] = fma(to_float(sum[r][p]), splat(x_scale[r * blocks]) * scale, y[r][p]);
             }
             x_scale++, x_sum++;
-            w += unit_bytes(*t.args) * t.width;
+            w += unit_step;
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) store(held + r * STRIP_OUTPUTS + p * LANES, y[r][p]);
     }
 
     static HASTEN_INLINE F16 result(const char* held, const uint8_t*, float) {

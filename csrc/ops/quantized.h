@@ -54,8 +54,6 @@ struct Tile {
 
     HASTEN_INLINE const uint8_t* fetch(const uint8_t* at) const {
         for (int i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, 2);
-        // what is held stays in memory from unit to unit, not in registers that others need
-        asm volatile("" ::: "memory");
         return at;
     }
 };

@@ -45,12 +45,12 @@ struct Writer<int8_t> {
         memcpy(k_page + g.dim * PAGE + (which * PAGE + at) * 4, &x, 4);
     }
     void key(const float* x) const {
-        scale(0, quantize_block(x, g.dim, (int8_t*)k_page + at, PAGE).scale);
+        scale(0, quantize_strided(x, g.dim, (int8_t*)k_page + at, PAGE));
     }
     void value(const float* x) const {
         if (g.padded == 0) return;
         int8_t* to = (int8_t*)v_page + at * g.padded;
-        scale(1, quantize_block(x, g.v_dim, to, 1).scale);
+        scale(1, quantize_strided(x, g.v_dim, to, 1));
         for (int64_t d = g.v_dim; d < g.padded; d++) to[d] = 0;
     }
 };

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +49,8 @@ class TreeDrafting:
 
     runtime: DraftModel
     drawn: bool
-    capture: ClassVar[Sequence[int]] = ()
-    sources: ClassVar[Sequence[str]] = ()
+    capture = ()
+    sources = ()
     independent = False
     """Siblings are drawn with replacement."""
 

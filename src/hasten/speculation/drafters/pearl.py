@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,8 +81,8 @@ class PearlDrafting:
     runtime: DraftModel
     k: int
     drawn: bool
-    capture: ClassVar[Sequence[int]] = ()
-    sources: ClassVar[Sequence[str]] = ()
+    capture = ()
+    sources = ()
     carried: int = 0
     """Passes of the target whose successor found its draft ready."""
 
