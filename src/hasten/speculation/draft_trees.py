@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.decoding.sampling import Number, distribution, generator
-from hasten.speculation.base import Draftable, DraftProgress, Outcome, StopRule
+from hasten.speculation.base import Computed, Draftable, DraftProgress, Outcome, StopRule
 from hasten.speculation.draft_model import DraftModel, DraftRows, DraftState
 from hasten.speculation.tree import TokenTree, TreeBuilder
 
@@ -99,6 +99,9 @@ class TreeDrafting:
         builder.law = laws
         tree, state.place = builder.build(self.independent)
         return tree
+
+    def absorb(self, chunks: Sequence[Computed]) -> None:
+        pass
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:

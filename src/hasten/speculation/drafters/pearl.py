@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hasten.cache.manager import Stream
 from hasten.decoding.sampling import Number, generator
 from hasten.methods import method
-from hasten.speculation.base import Draftable, DraftContext, Outcome
+from hasten.speculation.base import Computed, Draftable, DraftContext, Outcome
 from hasten.speculation.draft_model import DraftModel, DraftRows, DraftState, load_draft
 from hasten.speculation.draft_trees import draft_law, draw
 from hasten.speculation.tree import TokenTree
@@ -155,6 +155,9 @@ class PearlDrafting:
         position = len(state.draft.stream.tokens) + len(state.draft.token) - 1
         number = generator(sampler.seed, sampler.stream, position, Number.DRAFT).random()
         state.following = draw(law, number), law
+
+    def absorb(self, chunks: Sequence[Computed]) -> None:
+        pass
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         self._wait()
