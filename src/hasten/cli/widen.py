@@ -13,7 +13,7 @@ from hasten.cli import options as o
 def widen(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     model: o.Model = "reference",
-    preset: Annotated[str, typer.Option(help="Size: 0.5b or 1b.")] = "0.5b",
+    preset: Annotated[str, typer.Option(help="Size: 0.1b, 0.5b, 1b, or 25m, 60m.")] = "0.5b",
     dtype: Annotated[
         str, typer.Option(help="float32 keeps the function exact; bfloat16 rounds the splits.")
     ] = "float32",

@@ -66,6 +66,9 @@ class Preset:
 
 
 PRESETS = {
+    # drafts for the larger two, at about a twentieth and an eighth of 0.5b
+    "25m": Preset(512, 1536, 6),
+    "60m": Preset(512, 1536, 15),
     "0.1b": Preset(512, 3072, 20),
     "0.5b": Preset(1024, 4608, 28),
     "1b": Preset(2048, 6144, 20),
