@@ -13,6 +13,7 @@ from typing import Any
 
 from hasten.methods import is_method, written
 from hasten.speculation.base import (
+    Computed,
     Draftable,
     DraftContext,
     Drafter,
@@ -94,12 +95,16 @@ class PartsDrafting:
         self.parts: list[Drafting] = [
             part.start(others if i else first) for i, part in enumerate(parts)
         ]
-        self.capture: Sequence[int] = sorted({n for part in self.parts for n in part.capture})
         self.sources: list[str] = []
         self.first_bit: list[int] = []
         for method, part in zip(parts, self.parts, strict=True):
             self.first_bit.append(len(self.sources))
             self.sources += part.sources or [written(method)]
+
+    @property
+    def capture(self) -> Sequence[int]:
+        """Read anew each step, as a part may look at some steps only."""
+        return sorted({layer for part in self.parts for layer in part.capture})
 
     def open(self, sequence: Draftable) -> PartsState:
         views = [PartView(sequence, sequence.tokens) for _ in self.parts]
@@ -128,6 +133,11 @@ class PartsDrafting:
             state.tree = None
             for view in state.views:
                 view.tree, view.place = None, [0]
+
+    def absorb(self, chunks: Sequence[Computed]) -> None:
+        for i, part in enumerate(self.parts):
+            if part.capture:
+                part.absorb([replace(c, sequence=self._view(c.sequence, i)) for c in chunks])
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for i, part in enumerate(self.parts):

@@ -135,6 +135,25 @@ def test_another_drafters_tree_may_be_verified(
     assert world.engine.stats.speculation.accepted > 0
 
 
+@pytest.mark.parametrize(
+    "combined",
+    [
+        "any(of={own}|del(k=3)|prompt-lookup)",
+        "fallback(first={own},then=del(k=3))",
+        "fuse(of={own}|prompt-lookup)",
+    ],
+)
+def test_as_a_part_of_other_methods(
+    tiny: Callable[..., Decoder], tmp_path: Path, combined: str
+) -> None:
+    model = tiny("llama", **SHAPES["llama"])
+    random_adapter(model, tmp_path / "h")
+    own = f"kangaroo(head={tmp_path / 'h'},eta=0.1)"
+    world = World(model, drafts=None, choices=f"draft={combined.format(own=own)}", blocks=9)
+    run_load(world, random.Random(combined))
+    assert world.checked > 20 and world.engine.stats.speculation.drafted > 30
+
+
 def engine_of(model: Decoder, head: Path, **settings: Any) -> Engine:
     inside = ",".join(f"{k}={v}" for k, v in {"head": head, **settings}.items())
     return Engine(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hasten.methods import method
-from hasten.speculation.base import Draftable, DraftContext, Drafter, Drafting, Outcome
+from hasten.speculation.base import Computed, Draftable, DraftContext, Drafter, Drafting, Outcome
 from hasten.speculation.drafters.prompt_lookup import PromptLookup
 from hasten.speculation.tree import TokenTree
 
@@ -88,9 +88,13 @@ class Portfolio:
     def __init__(self, parts: Sequence[Drafting], names: Sequence[str]) -> None:
         self.parts = list(parts)
         self.sources = list(names)
-        self.capture = sorted({layer for part in parts for layer in part.capture})
         self.seconds = [0.0] * len(self.parts)
         """Time that each drafter took in the last ``propose``."""
+
+    @property
+    def capture(self) -> Sequence[int]:
+        """Read anew each step, as a drafter may look at some steps only."""
+        return sorted({layer for part in self.parts for layer in part.capture})
 
     def open(self, sequence: Draftable) -> Parts:
         views = [Part(sequence) for _ in self.parts]
@@ -130,6 +134,13 @@ class Portfolio:
                 sequence.draft_state.open |= 1 << arm
         self.seconds[arm] = time.perf_counter() - began
         return trees
+
+    def absorb(self, chunks: Sequence[Computed]) -> None:
+        for arm, part in enumerate(self.parts):
+            if part.capture:
+                part.absorb(
+                    [replace(c, sequence=c.sequence.draft_state.views[arm]) for c in chunks]
+                )
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for arm, part in enumerate(self.parts):

@@ -273,7 +273,8 @@ class DynamicExitDrafting:
         shadows: list[Tensor] = []
         for outcome in outcomes:
             state: ExitState = outcome.sequence.draft_state
-            due = bool(outcome.hidden) and (bool(state.states) or state.looks_in == 0)
+            seen = all(count - 1 in outcome.hidden for count in self.exits)
+            due = seen and (bool(state.states) or state.looks_in == 0)
             if due and (found := self._states(state, outcome)) is not None:
                 shadows.append(found)
                 judged.append((state, outcome.tokens, found.shape[1]))
