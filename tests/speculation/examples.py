@@ -6,6 +6,7 @@ parameters have no default that fits gets them here, and only here.
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 
 from hasten.methods import Card
-from hasten.models import llama
 from hasten.speculation.controllers.specdec_plus_plus import fingerprint
 from hasten.speculation.datastore import write
 from hasten.training.acceptance_head import Head, save_head
@@ -85,11 +85,13 @@ def tiny_head(folder: Path) -> Path:
 
 
 @cache
-def tiny_adapter(folder: Path) -> Path:
-    """For the random Llama of two layers, which is told by its sizes and its last norm."""
-    model = llama.Model(llama.configure(tiny_facts(), torch.float32), RandomWeights(0, 0.25))
-    random_adapter(model, folder / "adapter", layer=1)
-    return folder / "adapter"
+def tiny_adapter(folder: Path, architecture: str) -> Path:
+    """For the random model of two layers, which is told by its sizes and its last norm."""
+    module = importlib.import_module(f"hasten.models.{architecture}")
+    config = module.configure(tiny_facts(architecture, sliding_window=20), torch.float32)
+    path = folder / f"adapter-{architecture}"
+    random_adapter(module.Model(config, RandomWeights(0, 0.25)), path, layer=1)
+    return path
 
 
 PARAMETERS: Needed = {
@@ -104,7 +106,6 @@ PARAMETERS: Needed = {
         f"of=retrieval(file={tiny_datastore(folder)},shortest=1)|copyspec(gamma=1)"
     ),
     "specdec++": lambda folder: f"head={tiny_head(folder)}",
-    "kangaroo": lambda folder: f"head={tiny_adapter(folder)},eta=0.1,k=4",
     "del": lambda folder: "k=5",
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",
 }
@@ -114,9 +115,11 @@ BESIDE: Needed = {"specdec++": lambda folder: f"draft=model(path={tiny_draft(fol
 """Method name -> what else its stack needs."""
 
 
-def example(card: Card, folder: Path) -> str:
+def example(card: Card, folder: Path, architecture: str = "llama") -> str:
     """The choice of a slot that runs the method on a tiny model."""
     inside = PARAMETERS.get(card.name)
+    if card.name == "kangaroo":
+        return f"draft=kangaroo(head={tiny_adapter(folder, architecture)},eta=0.1,k=4)"
     choice = card.name if inside is None else f"{card.name}({inside(folder)})"
     beside = BESIDE.get(card.name, lambda _: "")(folder)
     return f"{beside}{card.slots[0]}={choice}"

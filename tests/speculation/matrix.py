@@ -85,7 +85,8 @@ class Matrix:
         plain_stack = f"codec={row['codec']}"
         choices = [plain_stack, f"schedule=stall-free(chunk={row['chunk']})"]
         choices += [
-            example(card, self.folder) for card in (row["draft"], row["verify"], row["control"])
+            example(card, self.folder, row["model"])
+            for card in (row["draft"], row["verify"], row["control"])
         ]
         model = self.tiny(row["model"], **MODELS[row["model"]])
         length = tokens or LENGTH[row["together"]]

@@ -38,7 +38,9 @@ def texts(model: Decoder, stack: Stack, config: EngineConfig) -> tuple[list[list
     return [s.tokens for r in requests for s in r.sequences], engine
 
 
-@pytest.mark.parametrize("verify", [card.name for card in cards("verify")])
+@pytest.mark.parametrize(
+    "verify", [card.name for card in cards("verify") if card.name != "scripted"]
+)
 def test_greedy_texts_are_those_of_plain_decoding(
     tiny: Callable[..., Decoder], verify: str
 ) -> None:

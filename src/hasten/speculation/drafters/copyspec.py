@@ -120,8 +120,8 @@ class CopySpec(StatelessDrafting):
                 break
         builder = TreeBuilder(tokens[-1])
         for i, copy in enumerate(copies):
-            # those that are left share evenly what is left
-            until = len(builder) + (budget + 1 - len(builder)) // (len(copies) - i)
+            # those that are left share evenly what is left, the odd one to the latest
+            until = len(builder) - (len(builder) - budget - 1) // (len(copies) - i)
             node = 0
             for token in copy:
                 if len(builder) == until and (node, token) not in builder:
