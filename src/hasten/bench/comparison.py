@@ -145,7 +145,7 @@ class Category:
 
     Attributes:
         loops: share of the baseline's outputs that end in a loop, which any drafter guesses.
-        ratios: speed against the baseline on these items, by contestant.
+        ratios: decoding speed (first token to last) against the baseline's, by contestant.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Category:
 
 def by_category(rows: Sequence[Row], items: Sequence[Item]) -> list[Category]:
     """The comparison for each category of the items. Meant for one item at a time: an item's
-    seconds are then its own."""
+    seconds are then its own. Prompts do not count, since drafts do nothing for them."""
     found: dict[str, list[str]] = {}
     for item in items:
         found.setdefault(item.category, []).append(item.id)
@@ -180,7 +180,7 @@ def by_category(rows: Sequence[Row], items: Sequence[Item]) -> list[Category]:
 
 def category_table(categories: Sequence[Category]) -> str:
     """Contestants by categories, in Markdown: speed against the baseline, median (min-max)."""
-    head = ["speed against first", *(c.name or "all" for c in categories)]
+    head = ["decoding against first", *(c.name or "all" for c in categories)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     shares = [f"{100 * c.loops:.0f} % of {c.items}" for c in categories]
     lines.append("| plain outputs that end in a loop | " + " | ".join(shares) + " |")

@@ -27,7 +27,7 @@ class Run:
         tokens: output token ids, by item.
         ttft: seconds to the first token, by item.
         tpot: seconds per token after the first, by item that took at least two steps.
-        spent: seconds in the engine, of all turns, by item; of use where one runs at a time.
+        spent: seconds from the first token to the last, of all turns, by item.
         accepted, passes: accepted drafts and target passes, where drafts are used.
         outside: share of the step time that was not the model's forward, where known.
     """
@@ -86,7 +86,7 @@ class HastenContestant:
             for result in event.progress.results:
                 figures = result.outputs[0].figures
                 _note_times(run, figures)
-                spent += figures.token_times[-1] - (figures.scheduled or figures.arrived)
+                spent += figures.token_times[-1] - figures.token_times[0]
             run.spent[event.progress.item.id] = spent
         run.seconds = time.perf_counter() - began
         run.accepted, run.passes = drafts.accepted - accepted, drafts.passes - passes
