@@ -143,12 +143,14 @@ class DraftRecipe:
 
     def pretraining(self) -> TrainConfig:
         count = len(self.lengths)
+        steps = self.tokens // self.batch_tokens
         return TrainConfig(
             tokens=self.tokens,
             minutes=self.minutes,
             batch_tokens=self.batch_tokens,
             phases=tuple(((i + 1) / count, length) for i, length in enumerate(self.lengths)),
             learning_rate=self.learning_rate,
+            warmup_steps=min(100, steps // 10),
             precision=self.precision,
             compile=self.compile,
         )
