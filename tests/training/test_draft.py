@@ -145,13 +145,13 @@ def test_no_stage_sees_the_prompts_of_the_measurement(
     """A finished run measures again what it did; its prompts lie in held-out documents alone."""
     out, _ = trained
     measured: list[list[int]] = []
-    true = module.measure
+    true = module.acceptance
 
     def spy(target: Target, draft: Path, prompts: Any, recipe: DraftRecipe) -> dict[str, Any]:
         measured.extend(prompts)
         return true(target, draft, prompts, recipe)
 
-    monkeypatch.setattr(module, "measure", spy)
+    monkeypatch.setattr(module, "acceptance", spy)
     train_draft(str(target), out, replace(TINY, exits=(1, 2)), files=FILES)
     parts = Division.of(FILES)
     speech = Target(str(target)).speech

@@ -307,7 +307,7 @@ def context(target: Target, recipe: DraftRecipe) -> int:
     return needed
 
 
-def measure(
+def acceptance(
     target: Target, draft: Path, prompts: Sequence[Sequence[int]], recipe: DraftRecipe
 ) -> dict[str, Any]:
     """Acceptance of a draft by its target on some prompts, greedy and at temperature 1.
@@ -435,8 +435,8 @@ def train_draft(
             "temperatures": list(recipe.temperatures),
         },
         "cost": cost(target, work / "aligned", prompts[0], recipe),
-        "before": measure(target, work / "pretrained", prompts, recipe),
-        "after": measure(target, work / "aligned", prompts, recipe),
+        "before": acceptance(target, work / "pretrained", prompts, recipe),
+        "after": acceptance(target, work / "aligned", prompts, recipe),
     }
     for stage in ("before", "after"):
         for mode in MODES:
