@@ -1,1 +1,1 @@
-"""Recipes that train what hasten ships and measures with: reference models, widened models."""
+"""Recipes that train what hasten ships and measures with: reference models, drafts, widened models."""
