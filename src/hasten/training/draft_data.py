@@ -31,6 +31,8 @@ PIECE = 8_000
 SCORED_LOGITS = 1 << 24
 """Logits of a batch at most. A vocabulary of 128,000 would need gigabytes for every position."""
 UNKNOWN_SHARE = 0.05
+ENCODED_AT_ONCE = 256
+"""Documents. The tokenizer's own result takes many times what the ids take."""
 HEADS_SHARE = 0.25
 """Windows and prompts that begin where a document begins."""
 
@@ -130,18 +132,22 @@ class Speech:
         self.lead = whole[:at]
         """What the tokenizer puts before every text."""
 
-    def bodies(self, texts: Sequence[str]) -> list[list[int]]:
+    def bodies(self, texts: Sequence[str]) -> list[Ids]:
         """Documents as tokens, without what comes before and after them.
 
         Raises:
             ValueError: much of the text is unknown to the tokenizer.
         """
-        encoded = self.tokenizer.core.encode_batch(list(texts), add_special_tokens=False)
-        bodies = [list(one.ids) for one in encoded if one.ids]
+        core = self.tokenizer.core
+        bodies = []
+        for first in range(0, len(texts), ENCODED_AT_ONCE):
+            some = list(texts[first : first + ENCODED_AT_ONCE])
+            found = core.encode_batch(some, add_special_tokens=False)
+            bodies += [np.array(one.ids, np.int64) for one in found if one.ids]
         total = sum(map(len, bodies))
         unknown = self.tokenizer.special_tokens.get("unk_token")
-        token = None if unknown is None else self.tokenizer.core.token_to_id(unknown)
-        missed = sum(body.count(token) for body in bodies) if token is not None else 0
+        token = None if unknown is None else core.token_to_id(unknown)
+        missed = 0 if token is None else sum(int((body == token).sum()) for body in bodies)
         if not total or missed > UNKNOWN_SHARE * total:
             raise ValueError(
                 f"{missed:,} of {total:,} tokens of the text are unknown to the tokenizer of "
@@ -149,8 +155,11 @@ class Speech:
             )
         return bodies
 
-    def document(self, body: Sequence[int]) -> list[int]:
-        return [*self.lead, *body, *self.eos[:1]]
+    def document(self, body: Ids) -> Ids:
+        """A whole text, as it is pre-trained on."""
+        return np.concatenate(
+            [np.array(self.lead, np.int64), body, np.array(self.eos[:1], np.int64)]
+        )
 
 
 class Windows:
@@ -158,7 +167,7 @@ class Windows:
 
     def __init__(self, speech: Speech, texts: Sequence[str], vocab_size: int, seed: int) -> None:
         documents = [speech.document(body) for body in speech.bodies(texts)]
-        self.stream = np.array([token for one in documents for token in one], np.int64)
+        self.stream = np.concatenate(documents)
         self.starts = [0, *accumulate(map(len, documents[:-1]))]
         self.vocab_size, self.seed = vocab_size, seed
 
@@ -190,7 +199,7 @@ class Prompts:
         body = rng.choices(self.bodies, cum_weights=self.ends)[0]
         length = min(rng.randint(self.shortest, self.longest), len(body))
         start = 0 if rng.random() < HEADS_SHARE else rng.randrange(len(body) - length + 1)
-        return [*self.lead, *body[start : start + length]]
+        return [*self.lead, *body[start : start + length].tolist()]
 
 
 @dataclass(frozen=True)
