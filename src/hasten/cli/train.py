@@ -211,6 +211,7 @@ def layerskip(
             print(f"interrupted; the same command goes on from {work}")
 
 
+@app.command()
 def draft(
     model: o.Model = "reference",
     out: Annotated[
@@ -274,8 +275,9 @@ def draft(
             **budgets,
         )
         files = read_texts(texts) if texts else None
+        work = work or out.with_name(out.name + ".work")
         report = train_draft(model, out, recipe, work=work, files=files)
         if report is None:
-            raise KeyboardInterrupt
-        print(report_text(report))
-        print(f"draft model: {out}")
+            print(f"interrupted; the same command goes on from {work}")
+        else:
+            print(f"{report_text(report)}\nwrote {out}")
