@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -209,3 +209,75 @@ def layerskip(
             print(f"wrote {out}")
         else:
             print(f"interrupted; the same command goes on from {work}")
+
+
+@app.command()
+def draft(
+    model: o.Model = "reference",
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder that gets the draft, for draft=model(path=)."),
+    ] = Path("trained-draft"),
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoints, logs and answers; the same folder resumes. Default: OUT.work"
+        ),
+    ] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--text",
+            help="File or folder of UTF-8 text, several times if need be: what the target is used "
+            "for. Default: this interpreter's standard library.",
+        ),
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the draft.")] = 2,
+    hidden: Annotated[int, typer.Option(min=32, help="Hidden size, in steps of 32.")] = 128,
+    exits: Annotated[
+        str, typer.Option(help="Layers after which the draft can answer (draft=s2d): 1/2/3.")
+    ] = "",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to pre-train on.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to pre-train at most.")] = None,
+    align_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the target writes to align with.")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to measure acceptance with.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of weights, batches, prompts and answers.")] = 1,
+    compile_: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile; needs a C++ compiler.")
+    ] = True,
+    threads: o.Threads = None,
+) -> None:
+    """Train a draft model for any target: pre-train on text, align with the target's own answers.
+
+    At the end acceptance is measured on held-out text, before and after alignment, printed, and
+    written to report.json beside the weights. Ctrl-C keeps what is there; the same command goes on.
+    """
+    with o.one_line_errors():
+        if exits and not all(part.isdigit() for part in exits.split("/")):
+            o.fail(f"--exits '{exits}': write layer counts such as 1/2/3")
+        o.set_threads(threads)
+        from hasten.training.draft import DraftRecipe, report_text, train_draft
+        from hasten.training.draft_data import read_texts
+
+        given = {"tokens": tokens, "minutes": minutes, "align_tokens": align_tokens}
+        budgets: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        recipe = DraftRecipe(
+            layers=layers,
+            hidden=hidden,
+            exits=tuple(int(part) for part in exits.split("/")) if exits else (),
+            answer_tokens=answer_tokens,
+            prompts=prompts,
+            seed=seed,
+            compile=compile_,
+            **budgets,
+        )
+        files = read_texts(texts) if texts else None
+        work = work or out.with_name(out.name + ".work")
+        report = train_draft(model, out, recipe, work=work, files=files)
+        if report is None:
+            print(f"interrupted; the same command goes on from {work}")
+        else:
+            print(f"{report_text(report)}\nwrote {out}")

@@ -1,1 +1,1 @@
-"""Recipes that train what hasten ships and measures with: reference models, widened models."""
+"""Recipes for small models: the reference models, drafts for any target, widened models."""

@@ -31,10 +31,14 @@ class SourceFile:
         return is_held_out(self.path)
 
 
+def per_mille(path: str) -> int:
+    """A file's place in every split: 0 to 999, by a hash of its name."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % 1000
+
+
 def is_held_out(path: str) -> bool:
     """Whether a relative path belongs to the part that is never trained on (about 3 %)."""
-    digest = hashlib.sha256(path.encode()).digest()
-    return int.from_bytes(digest[:4], "big") % 1000 < HELD_OUT_PER_MILLE
+    return per_mille(path) < HELD_OUT_PER_MILLE
 
 
 def standard_library() -> list[SourceFile]:

@@ -68,6 +68,27 @@ def encode_files(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Ids, Ids]:
     return np.concatenate(parts), np.array(starts, np.int64)
 
 
+def scored_batch(ids: Ids, scored: NDArray[np.bool_], count: int, seed: tuple[int, int]) -> Batch:
+    """The batch of ``ids [B, L + 1]`` with a loss at ``count`` of the ``scored`` tokens.
+
+    More than that many are thinned out at random; where there are fewer, the mask says so.
+    """
+    picked = np.flatnonzero(scored[:, 1:])
+    mask = np.ones(count, np.float32)
+    if len(picked) > count:
+        order = np.random.default_rng(seed).permutation(len(picked))
+        picked = np.sort(picked[order[:count]])
+    else:
+        mask[len(picked) :] = 0.0
+        picked = np.concatenate([picked, np.zeros(count - len(picked), np.int64)])
+    return Batch(
+        torch.from_numpy(ids[:, :-1].copy()),
+        torch.from_numpy(picked),
+        torch.from_numpy(ids[:, 1:].reshape(-1)[picked]),
+        torch.from_numpy(mask),
+    )
+
+
 class Mixture:
     """Rows of training text: ``code_share`` of them code, the others packed generated tasks."""
 
@@ -110,22 +131,8 @@ class Mixture:
             is_code = (row + rng.random()) / rows < self.code_share
             fill = self._code_row if is_code else self._task_row
             ids[row], scored[row] = fill(rng, length + 1)
-        picked = np.flatnonzero(scored[:, 1:])
         count = int(rows * length * self.scored_share)
-        mask = np.ones(count, np.float32)
-        if len(picked) > count:
-            order = np.random.default_rng((self.seed, step)).permutation(len(picked))
-            picked = np.sort(picked[order[:count]])
-        else:
-            mask[len(picked) :] = 0.0
-            picked = np.concatenate([picked, np.zeros(count - len(picked), np.int64)])
-        targets = ids[:, 1:].reshape(-1)[picked]
-        return Batch(
-            torch.from_numpy(ids[:, :-1].copy()),
-            torch.from_numpy(picked),
-            torch.from_numpy(targets),
-            torch.from_numpy(mask),
-        )
+        return scored_batch(ids, scored, count, (self.seed, step))
 
     def _code_row(self, rng: random.Random, length: int) -> tuple[Ids, NDArray[np.bool_]]:
         last = len(self.code) - length

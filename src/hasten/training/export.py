@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,24 @@ from hasten.training.model import Llama, LlamaShape
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def llama_config(shape: LlamaShape, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` of a Llama with tied embeddings."""
-    eos = [tokenizer.token_to_id(EOS), tokenizer.token_to_id(END)]
+def llama_config(
+    shape: LlamaShape,
+    dtype: torch.dtype,
+    *,
+    bos: int | None,
+    eos: Sequence[int],
+    pad: int | None = None,
+) -> dict[str, Any]:
+    """``config.json`` of a Llama with tied embeddings; ``eos`` are the tokens that end a text."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **shape.to_dict(),
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": tokenizer.token_to_id(BOS),
-        "eos_token_id": eos,
-        "pad_token_id": tokenizer.token_to_id(PAD),
+        "bos_token_id": bos,
+        "eos_token_id": list(eos),
+        "pad_token_id": pad,
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "mlp_bias": False,
@@ -41,30 +49,48 @@ def llama_config(shape: LlamaShape, tokenizer: Tokenizer, dtype: torch.dtype) ->
     }
 
 
-def export_model(
-    model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """Write weights, configs and tokenizer to ``folder``, replacing what was there at the end."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+def write_model(model: Llama, config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    """Write the weights, ``config.json`` and ``generation_config.json``."""
     tensors = {
         name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()
     }
-    weights = fresh / "model.safetensors"
+    weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors writes for the owner only
-    config = llama_config(model.shape, tokenizer, dtype)
-    write_json(fresh / "config.json", config)
+    write_json(folder / "config.json", config)
     generation = {
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": config["eos_token_id"],
         "pad_token_id": config["pad_token_id"],
         "do_sample": False,
     }
-    write_json(fresh / "generation_config.json", generation)
-    save_tokenizer(tokenizer, fresh, model.shape.max_position_embeddings)
+    write_json(folder / "generation_config.json", generation)
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of ``folder`` at the end."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
     replace_folder(fresh, folder)
+
+
+def export_model(
+    model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write weights, configs and tokenizer to ``folder``, replacing what was there at the end."""
+    config = llama_config(
+        model.shape,
+        dtype,
+        bos=tokenizer.token_to_id(BOS),
+        eos=[i for name in (EOS, END) if (i := tokenizer.token_to_id(name)) is not None],
+        pad=tokenizer.token_to_id(PAD),
+    )
+    with fresh_folder(folder) as fresh:
+        write_model(model, config, fresh, dtype)
+        save_tokenizer(tokenizer, fresh, model.shape.max_position_embeddings)
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ loss run in float32; the matrix products follow the surrounding autocast.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -134,12 +135,19 @@ class Backbone(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.at_exits(tokens, (len(self.layers),))[0]
+
+    def at_exits(self, tokens: Tensor, exits: Sequence[int]) -> list[Tensor]:
+        """The normed stream after so many layers, for each of the rising ``exits``."""
         length = tokens.shape[1]
         cos, sin = self.get_buffer("cos")[:length], self.get_buffer("sin")[:length]
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
+        left = []
+        for done, layer in enumerate(self.layers, 1):
             x = layer(x, cos, sin)
-        return cast(Tensor, self.norm(x))
+            if done in exits:
+                left.append(self.norm(x))
+        return left
 
 
 class Llama(nn.Module):

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -109,6 +109,23 @@ def distillation(model: Llama, teacher: Llama, share: float) -> Loss:
         truth = F.nll_loss(own, targets, reduction="none")
         apart = (wanted.exp() * (wanted - own)).sum(-1)
         return (((1 - share) * truth + share * apart) * mask).sum() / mask.sum()
+
+    return loss
+
+
+def sorted_cross_entropy(model: Llama, exits: Sequence[int]) -> Loss:
+    """The mean over ``exits`` of the next-token loss of the sub-model that ends there (SoFT).
+
+    All share the layers up to their exit, the last norm and the head, so that one set of weights
+    is several models (S2D, Kavehzadeh et al. 2024).
+    """
+
+    def loss(tokens: Tensor, rows: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for hidden in model.model.at_exits(tokens, exits):
+            logits = model.logits(hidden.flatten(0, 1)[rows]).float()
+            total = total + (F.cross_entropy(logits, targets, reduction="none") * mask).sum()
+        return total / (len(exits) * mask.sum())
 
     return loss
 
