@@ -84,7 +84,7 @@ def _row(name: str, runs: list[Run], base: list[Run]) -> Row:
         output=min(
             (agreement(r.tokens, b.tokens) for r, b in zip(runs, base, strict=True)), key=_equal
         ),
-        tau=sum(map(len, first.tokens.values())) / first.passes if first.accepted else None,
+        tau=first.speculation.tau if first.speculation.accepted else None,
         outside=Spread([100 * x for x in outside]) if outside else None,
         runs=runs,
     )

@@ -15,6 +15,7 @@ from hasten.bench.peers.engines import PEERS, Setup
 from hasten.bench.peers.process import EngineProcess, PeerError
 from hasten.bench.workloads import Item
 from hasten.decoding.params import SamplingParams
+from hasten.speculation.statistics import DraftStatistics
 from hasten.stack import Stack
 
 
@@ -28,7 +29,7 @@ class Run:
         ttft: seconds to the first token, by item.
         tpot: seconds per token after the first, by item that took at least two steps.
         spent: seconds from the first token to the last, of all turns, by item.
-        accepted, passes: accepted drafts and target passes, where drafts are used.
+        speculation: what drafts were worth, over all items.
         outside: share of the step time that was not the model's forward, where known.
     """
 
@@ -37,8 +38,7 @@ class Run:
     ttft: list[float] = field(default_factory=list)
     tpot: list[float] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=dict)
-    accepted: int = 0
-    passes: int = 0
+    speculation: DraftStatistics = field(default_factory=DraftStatistics)
     outside: float | None = None
 
     @property
@@ -70,8 +70,6 @@ class HastenContestant:
         self.front.engine.cache.forget_prefixes()
         stats = self.front.engine.stats
         step, forward = stats.step_seconds, stats.forward_seconds
-        drafts = stats.speculation
-        accepted, passes = drafts.accepted, drafts.passes
         began = time.perf_counter()
         run = Run(0.0, {})
         for event in ItemRunner(self.front, params).run(items):
@@ -86,10 +84,10 @@ class HastenContestant:
             for result in event.progress.results:
                 figures = result.outputs[0].figures
                 _note_times(run, figures)
+                run.speculation.add(figures.speculation)
                 spent += figures.token_times[-1] - figures.token_times[0]
             run.spent[event.progress.item.id] = spent
         run.seconds = time.perf_counter() - began
-        run.accepted, run.passes = drafts.accepted - accepted, drafts.passes - passes
         spent = stats.step_seconds - step
         run.outside = 1 - (stats.forward_seconds - forward) / spent if spent else None
         return run

@@ -73,6 +73,7 @@ def _row(row: Row) -> dict[str, Any]:
         "ratio": row.ratio.values,
         "output": row.output,
         "tau": row.tau,
+        "speculation": row.runs[0].speculation.to_json() if row.tau is not None else None,
         "outside_percent": row.outside.values if row.outside else None,
     }
 

@@ -299,6 +299,11 @@ class EngineServer:
             leaked_pages=cache.stats.leaked_pages,
             rss_bytes=self._rss,
             drafts=stats.speculation.drafts,
+            draft_seconds=stats.draft_seconds,
+            examined_at=list(stats.speculation.examined_at),
+            accepted_at=list(stats.speculation.accepted_at),
+            drafted_by=stats.speculation.by_source(engine.drafting.sources, accepted=False),
+            accepted_by=stats.speculation.by_source(engine.drafting.sources, accepted=True),
         )
 
 

@@ -147,6 +147,13 @@ class Snapshot(msgspec.Struct):
     rss_bytes: int
     drafts: int = 0
     """Times a sequence had drafted tokens to verify."""
+    draft_seconds: float = 0.0
+    examined_at: list[int] = []
+    """Times that a draft's depth 1, 2, ... was judged; ``accepted_at``: and had the token."""
+    accepted_at: list[int] = []
+    drafted_by: dict[str, int] = {}
+    """By drafter, where a stack has several; ``accepted_by`` alike."""
+    accepted_by: dict[str, int] = {}
 
 
 class Step(msgspec.Struct, tag="step"):

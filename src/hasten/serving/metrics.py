@@ -102,6 +102,7 @@ _SNAPSHOT_COUNTERS: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
     "engine_passes": ("Sequence passes that yielded tokens.", lambda s: s.passes),
     "engine_step_seconds": ("Seconds in engine steps.", lambda s: s.step_seconds),
     "engine_forward_seconds": ("Of these, seconds in the model.", lambda s: s.forward_seconds),
+    "engine_draft_seconds": ("Of these, seconds in the drafter.", lambda s: s.draft_seconds),
     "engine_finished_requests": ("Requests that the engine ended.", lambda s: s.finished),
     "leaked_pages": ("Pages that the ledger had to heal.", lambda s: s.leaked_pages),
 }
@@ -113,10 +114,44 @@ VLLM_NAMES = frozenset(
         *("num_preemptions", "prompt_tokens", "generation_tokens", "request_success"),
         *("prefix_cache_queries", "prefix_cache_hits"),
         *("spec_decode_num_drafts", "spec_decode_num_draft_tokens"),
-        "spec_decode_num_accepted_tokens",
+        *("spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos"),
     }
 )
 """Ours that vLLM has under the same name and with the same meaning."""
+
+
+def _drafts(s: Snapshot) -> dict[str, tuple[str, dict[tuple[str], float], str]]:
+    """Counters of drafts with a label: (text, values, label's name)."""
+
+    def by_depth(counts: list[int]) -> dict[tuple[str], float]:
+        return {(str(depth),): n for depth, n in enumerate(counts)}
+
+    def by_name(counts: dict[str, int]) -> dict[tuple[str], float]:
+        return {(name,): n for name, n in counts.items()}
+
+    return {
+        "spec_decode_num_accepted_tokens_per_pos": (
+            "Accepted drafted tokens by place in the draft, from 0.",
+            by_depth(s.accepted_at),
+            "position",
+        ),
+        "spec_decode_num_examined_tokens_per_pos": (
+            "Times that the place was judged: nothing behind a rejection is.",
+            by_depth(s.examined_at),
+            "position",
+        ),
+        "spec_decode_num_draft_tokens_by_source": (
+            "Drafted tokens by drafter, where there are several.",
+            by_name(s.drafted_by),
+            "source",
+        ),
+        "spec_decode_num_accepted_tokens_by_source": (
+            "Of these, accepted ones.",
+            by_name(s.accepted_by),
+            "source",
+        ),
+    }
+
 
 WINDOW = 30.0
 """Seconds over which `ServerMetrics.stats` takes latencies."""
@@ -292,6 +327,8 @@ class ServerMetrics(Collector):
                 yield gauge(name, text, value(snapshot))
             for name, (text, value) in _SNAPSHOT_COUNTERS.items():
                 yield counter(name, text, {(): value(snapshot)})
+            for name, (text, counts, label) in _drafts(snapshot).items():
+                yield counter(name, text, counts, label)
         for name, text in _COUNTERS.items():
             yield counter(name, text, {(): self._counters[name]})
         yield counter("requests", "Requests that ended.", self._requests, "route", "outcome")

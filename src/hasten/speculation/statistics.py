@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,16 @@ class DraftStatistics:
         self.proposed_by.update(other.proposed_by)
         self.accepted_by.update(other.accepted_by)
 
-    def to_json(self, sources: list[str] | None = None) -> dict[str, Any]:
+    def by_source(self, sources: Sequence[str], *, accepted: bool) -> dict[str, int]:
+        """Candidates that each drafter proposed, or of these the accepted ones. One that several
+        proposed counts for each of them."""
+        counts = self.accepted_by if accepted else self.proposed_by
+        return {
+            name: sum(n for bits, n in counts.items() if bits >> i & 1)
+            for i, name in enumerate(sources)
+        }
+
+    def to_json(self, sources: Sequence[str] = ()) -> dict[str, Any]:
         """Counts and figures; ``sources`` names the drafters' bits."""
         found: dict[str, Any] = {
             "passes": self.passes,
@@ -120,11 +130,6 @@ class DraftStatistics:
             "by_depth": self.by_depth,
         }
         if sources:
-            found["by_source"] = {
-                name: {
-                    "proposed": sum(n for bits, n in self.proposed_by.items() if bits >> i & 1),
-                    "accepted": sum(n for bits, n in self.accepted_by.items() if bits >> i & 1),
-                }
-                for i, name in enumerate(sources)
-            }
+            found["drafted_by"] = self.by_source(sources, accepted=False)
+            found["accepted_by"] = self.by_source(sources, accepted=True)
         return found
