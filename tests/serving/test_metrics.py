@@ -38,7 +38,13 @@ def samples(text: str) -> Samples:
 
 def snapshot(**changes: Any) -> Snapshot:
     zeros = dict.fromkeys(Snapshot.__struct_fields__, 0)
-    return Snapshot(**{**zeros, "time": 1.0, "pages": 40, **changes})
+    drafts = {
+        "examined_at": [4, 3],
+        "accepted_at": [3, 1],
+        "drafted_by": {"a": 5, "b": 2},
+        "accepted_by": {"a": 3, "b": 1},
+    }
+    return Snapshot(**{**zeros, **drafts, "time": 1.0, "pages": 40, **changes})
 
 
 def facts() -> EngineFacts:
