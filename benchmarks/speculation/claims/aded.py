@@ -3,7 +3,7 @@
 A stream of requests of one domain (code), then one of another (questions), one request at a time.
 All arms verify at most the same number of candidates, and all give the same text.
 
-    python benchmarks/speculation/claims/aded.py --requests 50
+    python -m benchmarks.speculation.claims.aded --requests 50
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from request_stream import params_of, run, standard_library_table, tau
-
+from benchmarks.speculation.claims.request_stream import params_of, run, standard_library_table, tau
 from hasten import LLM
 from hasten.bench.workloads import code, spec_bench
 

@@ -1,6 +1,6 @@
 """DEL's claim: near the best fixed exit and length of a domain, ahead of any one on a mixed stream.
 
-    python benchmarks/speculation/claims/dynamic_exit.py --model FOLDER
+    python -m benchmarks.speculation.claims.dynamic_exit --model FOLDER
 
 The model comes from ``hasten train layerskip``; others have no exits to choose from.
 """
@@ -12,8 +12,7 @@ import json
 import types
 from typing import Any
 
-from weight_reads import Reads, engine_for, measure_reads
-
+from benchmarks.speculation.claims.weight_reads import Reads, engine_for, measure_reads
 from hasten import LLM
 from hasten.bench.workloads import workload
 

@@ -3,7 +3,7 @@
 The bundled target drafts for itself, so a plain draft is always right and everything that is lost
 is the grouping's doing. Devices are not simulated: the critical path is counted in layers.
 
-    python benchmarks/speculation/claims/easyspec.py --requests 24
+    python -m benchmarks.speculation.claims.easyspec --requests 24
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import argparse
 import json
 from typing import Any
 
-from request_stream import params_of, run
-
+from benchmarks.speculation.claims.request_stream import params_of, run
 from hasten import LLM
 from hasten.bench.workloads import workload
 from hasten.speculation.statistics import DraftStatistics

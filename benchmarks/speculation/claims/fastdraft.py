@@ -3,7 +3,7 @@
 Drafts of the bundled model from several budgets and of several sizes, each pre-trained and then
 aligned with the same answers of the target. Acceptance on held-out code, greedy.
 
-    python benchmarks/speculation/claims/fastdraft.py --tokens 1000000
+    python -m benchmarks.speculation.claims.fastdraft --tokens 1000000
 """
 
 from __future__ import annotations

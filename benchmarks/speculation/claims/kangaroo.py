@@ -3,7 +3,7 @@
 Without a stop (eta = 0) a pass yields the most tokens but drafts the most in vain; with a stop at
 every doubt (eta = 1) a draft has one token. In between, fewer steps are wasted for little yield.
 
-    python benchmarks/speculation/claims/kangaroo.py --head adapter.safetensors
+    python -m benchmarks.speculation.claims.kangaroo --head adapter.safetensors
 
 The adapter comes from ``hasten train kangaroo``.
 """
@@ -14,8 +14,7 @@ import argparse
 import json
 from typing import Any
 
-from weight_reads import engine_for, measure_reads
-
+from benchmarks.speculation.claims.weight_reads import engine_for, measure_reads
 from hasten import LLM
 from hasten.bench.workloads import workload
 

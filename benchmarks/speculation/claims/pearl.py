@@ -3,7 +3,7 @@
 Measured where they share a processor, one thread each, and modelled for two devices from what was
 measured: seconds of a target's pass, of a draft's pass, and the counts of both arms.
 
-    python benchmarks/speculation/claims/pearl.py --model WIDE --draft WIDE-DRAFT
+    python -m benchmarks.speculation.claims.pearl --model WIDE --draft WIDE-DRAFT
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import json
 import time
 from typing import Any
 
-from request_stream import params_of, run, tau
-
+from benchmarks.speculation.claims.request_stream import params_of, run, tau
 from hasten import LLM, _native
 from hasten.bench.workloads import workload
 

@@ -4,7 +4,7 @@ A draft with three exits, trained with the mean of their losses, beside a draft 
 depth and beside the deepest of these cut short without having been taught to answer there. All see
 the same text once; two targets of different size judge them.
 
-    python benchmarks/speculation/claims/s2d.py --tokens 1000000
+    python -m benchmarks.speculation.claims.s2d --tokens 1000000
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ counts of bigrams.
 
 The same requests, one at a time, for all arms, with the same number of candidates a pass.
 
-    python benchmarks/speculation/claims/token_recycling.py --requests 40
+    python -m benchmarks.speculation.claims.token_recycling --requests 40
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from request_stream import params_of, run, tau
 
+from benchmarks.speculation.claims.request_stream import params_of, run, tau
 from hasten import LLM
 from hasten.bench.workloads import workload
 from hasten.speculation.base import Outcome

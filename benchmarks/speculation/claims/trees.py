@@ -3,7 +3,7 @@
 Sampled requests, with the verifier that each kind of tree is for. Tau at N candidates a pass, and
 the share of examined depths at which one was accepted.
 
-    python benchmarks/speculation/claims/trees.py --requests 24
+    python -m benchmarks.speculation.claims.trees --requests 24
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import argparse
 import json
 from typing import Any
 
-from request_stream import params_of, run, tau
-
+from benchmarks.speculation.claims.request_stream import params_of, run, tau
 from hasten import LLM
 from hasten.bench.workloads import workload
 from hasten.speculation.statistics import DraftStatistics
