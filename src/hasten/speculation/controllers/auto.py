@@ -24,10 +24,10 @@ OWN, SHARED = 0.96, 0.98
 HEATS = 3
 """How the last proposal went: not at all, partly, to its end. Acceptance comes in runs."""
 TRIAL_CANDIDATES, PROBE_CANDIDATES = 4, 2
-YOUNG = 2.0
+YOUNG = 2
 """Proposals of its own below which a sequence is probed: others' texts are no proof."""
 PATIENCE = 8
-"""Steps without a proposal after which a drafter that cannot be tried is probed again."""
+"""Steps between two trials of a drafter that fails, or two probes of one that cannot be tried."""
 MARGIN = 0.01
 """Gain in tokens a second below which drafting is not worth its risk."""
 WORTHLESS = 0.03
@@ -80,6 +80,8 @@ class Follower:
         values: what each drafter is worth at today's prices, in tokens a step.
         steps: of each drafter, what growing budgets bring: (tokens a row, rows, tokens, budget).
         trial: a proposal that waits for its text.
+        tries: proposals of each drafter that were counted.
+        pause: steps to wait after a trial that failed, and ``rest`` what is left of them.
         idle: steps without a proposal.
     """
 
@@ -90,9 +92,12 @@ class Follower:
     values: list[float]
     steps: list[list[Step]]
     news: set[int]
+    tries: list[int]
     arm: int = 0
     budget: int = 0
     trial: Trial | None = None
+    pause: int = 0
+    rest: int = 0
     idle: int = 0
 
 
@@ -119,6 +124,8 @@ class AutoControl:
         self.tenants: dict[str, list[list[Curve]]] = {}
         self.purse = 0.0
         """Seconds that may be spent on looking."""
+        self._thought = 0.0
+        """Seconds that planning and learning took since drafts were last learned from."""
         self._spare = 0.0
         """Seconds that planning may take, negative after it took them."""
         self.steps = 0
@@ -153,7 +160,8 @@ class AutoControl:
         if news and self._spare >= 0:
             began = self.clock()
             self._choose(load)
-            self._spare -= self.clock() - began
+            self._thought = self.clock() - began
+            self._spare -= self._thought
         budgets = [follower.budget for follower in asked]
         if sum(budgets) > load.rows_left:  # chosen when there was more room
             budgets = [min(b, load.rows_left // len(budgets)) for b in budgets]
@@ -175,7 +183,7 @@ class AutoControl:
         curves = [[Curve(OWN) for _ in range(HEATS)] for _ in arms]
         return Follower(
             sequence, curves, shared, [0 for _ in arms], [0.0 for _ in arms], [[] for _ in arms],
-            set(arms),
+            set(arms), [0 for _ in arms],
         )
 
     def _choose(self, load: Load) -> None:
@@ -288,14 +296,15 @@ class AutoControl:
         budget = min(PROBE_CANDIDATES, load.rows_left - sum(budgets), self.method.most)
         if follower.budget or budget < 1 or not self.passes.known:
             return
-        arm = -1
-        for i, curves in enumerate(follower.curves):
-            seen = curves[follower.heat[i]].asked
-            if seen < YOUNG or (follower.idle >= PATIENCE and not self.by_trial[i]):
-                if arm < 0 or seen < least:
-                    arm, least = i, seen
-        if arm < 0:
+        tries = follower.tries
+        arms = [
+            arm
+            for arm, trial in enumerate(self.by_trial)
+            if tries[arm] < YOUNG or (not trial and follower.idle >= PATIENCE)
+        ]
+        if not arms:
             return
+        arm = min(arms, key=tries.__getitem__)
         taken = load.rows_taken + sum(budgets)
         cost = self._seconds(load, taken + budget) - self._seconds(load, taken)
         price = self._prices[arm]
@@ -314,6 +323,14 @@ class AutoControl:
     # ---- learning ---------------------------------------------------------------------------
 
     def observe(self, report: StepReport) -> None:
+        began = self.clock() if self._drafting else 0.0
+        self._learn(report)
+        if self._drafting:  # what it takes to follow drafts is part of their price
+            self._thought += self.clock() - began
+        else:
+            self._thought = 0.0
+
+    def _learn(self, report: StepReport) -> None:
         self.steps += 1
         seconds = report.step_seconds
         share = self.method.explore * seconds
@@ -330,8 +347,11 @@ class AutoControl:
             if follower is not None:
                 follower.idle += 1
                 trial = follower.trial
-                if trial is not None and trial.advance(outcome.sequence.tokens):
+                if trial is None:
+                    follower.rest -= 1
+                elif trial.advance(outcome.sequence.tokens):
                     follower.trial = None
+                    self._pause(follower, len(trial.accepted) > 0)
                     self._count(
                         follower, trial.arm, trial.heat, trial.budget, len(trial.tree) - 1,
                         trial.accepted,
@@ -381,7 +401,8 @@ class AutoControl:
                 seconds = report.draft_seconds
                 if isinstance(drafting, Portfolio):
                     seconds = drafting.seconds[arm]
-                times.observe((1, deepest[arm], asked[arm]), seconds)
+                times.observe((1, deepest[arm], asked[arm]), seconds + self._thought)
+        self._thought = 0.0
 
     def _count(
         self,
@@ -397,6 +418,7 @@ class AutoControl:
         if candidates:
             heat = 0 if not accepted else 2 if accepted[-1] == candidates else 1
             follower.heat[arm] = heat
+        follower.tries[arm] += 1
         follower.news.add(arm)
 
     def _try(self, outcomes: Sequence[Outcome]) -> None:
@@ -404,7 +426,7 @@ class AutoControl:
         outcome = outcomes[self.steps % len(outcomes)]
         sequence = outcome.sequence
         follower = self.followers.get(id(sequence))
-        if follower is None or follower.trial is not None:
+        if follower is None or follower.trial is not None or follower.rest > 0:
             return
         used = follower.arm if follower.budget else None
         arms = [arm for arm, trial in enumerate(self.by_trial) if trial and arm != used]
@@ -423,7 +445,12 @@ class AutoControl:
             follower.trial = Trial(arm, heat, budget, tree, len(sequence.tokens))
         else:
             self._count(follower, arm, heat, budget, 0, [])
+            self._pause(follower, False)
         self.purse -= self.clock() - began
+
+    def _pause(self, follower: Follower, success: bool) -> None:
+        follower.pause = 0 if success else min(2 * follower.pause + 1, PATIENCE)
+        follower.rest = follower.pause
 
     def close(self, sequence: Draftable) -> None:
         self.followers.pop(id(sequence), None)
