@@ -40,8 +40,8 @@ SAVED = 100
 """Steps whose shares may be saved up."""
 REFRESH = 32
 """Steps between two looks at what passes cost."""
-LEARN_EVERY = 16
-"""Steps without candidates between two that the step times learn from."""
+LEARN_EVERY, LEARN_OFTEN = 16, 4
+"""Steps between two that the step times learn from, without candidates and with them."""
 
 
 @method("auto", slot="control", exact="bitwise", does=("sets-budgets",))
@@ -294,9 +294,14 @@ class AutoControl:
         place = self.steps % len(self._asked)
         follower = self._asked[place]
         budget = min(PROBE_CANDIDATES, load.rows_left - sum(budgets), self.method.most)
-        if follower.budget or budget < 1 or not self.passes.known:
-            return
         tries = follower.tries
+        if (
+            follower.budget
+            or budget < 1
+            or not self.passes.known
+            or (follower.idle < PATIENCE and min(tries) >= YOUNG)
+        ):
+            return
         arms = [
             arm
             for arm, trial in enumerate(self.by_trial)
@@ -339,7 +344,8 @@ class AutoControl:
         self._spare = min(self._spare + share, max(self._spare, SAVED * share))
         if self._drafting:
             self._learn_drafts(report)
-        if not self.steps % LEARN_EVERY or report.candidates or not self.passes.known:
+        often = LEARN_OFTEN if report.candidates else LEARN_EVERY
+        if not self.steps % often or self.around.seen < REFRESH:
             self._learn_times(report)
         followers = self.followers
         for outcome in report.outcomes:
@@ -348,7 +354,7 @@ class AutoControl:
                 follower.idle += 1
                 trial = follower.trial
                 if trial is None:
-                    follower.rest -= 1
+                    follower.rest -= follower.rest > 0
                 elif trial.advance(outcome.sequence.tokens):
                     follower.trial = None
                     self._pause(follower, len(trial.accepted) > 0)
@@ -397,7 +403,7 @@ class AutoControl:
             self._probing = None
         drafting = self.context.drafting()
         for arm, times in enumerate(self.drafts):
-            if asked[arm] and (times.seen < REFRESH or not self.steps % 4):
+            if asked[arm] and (times.seen < REFRESH or not self.steps % LEARN_OFTEN):
                 seconds = report.draft_seconds
                 if isinstance(drafting, Portfolio):
                     seconds = drafting.seconds[arm]
@@ -419,7 +425,8 @@ class AutoControl:
             heat = 0 if not accepted else 2 if accepted[-1] == candidates else 1
             follower.heat[arm] = heat
         follower.tries[arm] += 1
-        follower.news.add(arm)
+        if follower.budget or accepted:  # who sleeps is not woken by failure
+            follower.news.add(arm)
 
     def _try(self, outcomes: Sequence[Outcome]) -> None:
         """Begin a trial of a drafter that a sequence does not use now, and pay for it."""
