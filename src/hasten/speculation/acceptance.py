@@ -24,7 +24,7 @@ ONWARD = 0.9
 """Worth of a candidate beyond what was tried, against the last one that was."""
 GUESS = 3.0
 """Proposals that optimism weighs as much as."""
-UNTRIED = 0.9
+UNTRIED = 0.8
 """What is kept of a rung each time that everything before it was accepted and it was not tried.
 Bad luck would otherwise be remembered for good, as nothing is tried that seems worthless."""
 PRIOR = 1.5
