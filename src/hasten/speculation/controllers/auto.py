@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hasten.methods import Card, method
-from hasten.speculation.acceptance import RUNGS, Curve, Trial, Worth, worth
+from hasten.speculation.acceptance import RUNGS, Curve, Trial, worth
 from hasten.speculation.base import (
     ControlContext,
     Draftable,
     DraftProgress,
     Load,
-    Outcome,
     StepReport,
 )
 from hasten.speculation.drafters.any import Portfolio
@@ -81,6 +80,7 @@ class Follower:
         steps: of each drafter, what growing budgets bring: (tokens a row, rows, tokens, budget).
         trial: a proposal that waits for its text.
         tries: proposals of each drafter that were counted.
+        young: whether any drafter has few of them.
         pause: steps to wait after a trial that failed, and ``rest`` what is left of them.
         idle: steps without a proposal.
     """
@@ -95,6 +95,7 @@ class Follower:
     tries: list[int]
     arm: int = 0
     budget: int = 0
+    young: bool = True
     trial: Trial | None = None
     pause: int = 0
     rest: int = 0
@@ -168,7 +169,10 @@ class AutoControl:
             for follower, budget in zip(asked, budgets, strict=True):
                 follower.budget = budget
         if self.purse > 0:
-            self._probe(load, budgets)
+            place = self.steps % len(asked)
+            follower = asked[place]
+            if not follower.budget and (follower.young or follower.idle >= PATIENCE):
+                self._probe(load, budgets, place)
         self._drafting = sum(budgets)
         return budgets
 
@@ -182,8 +186,14 @@ class AutoControl:
         self.tenants[sequence.tenant] = shared  # now the latest
         curves = [[Curve(OWN) for _ in range(HEATS)] for _ in arms]
         return Follower(
-            sequence, curves, shared, [0 for _ in arms], [0.0 for _ in arms], [[] for _ in arms],
-            set(arms), [0 for _ in arms],
+            sequence,
+            curves,
+            shared,
+            [0 for _ in arms],
+            [0.0 for _ in arms],
+            [[] for _ in arms],
+            set(arms),
+            [0 for _ in arms],
         )
 
     def _choose(self, load: Load) -> None:
@@ -285,23 +295,17 @@ class AutoControl:
             cost = self._costs[rows] = max(cost, 1e-9)
         return cost
 
-    def _probe(self, load: Load, budgets: list[int]) -> None:
-        """Draft for one sequence that does not, if what that costs is in the purse.
+    def _probe(self, load: Load, budgets: list[int], place: int) -> None:
+        """Draft for a sequence that does not, if what that costs is in the purse.
 
         A young sequence, whatever other texts say of its drafter, and drafters that trials cannot
         watch without harm.
         """
-        place = self.steps % len(self._asked)
         follower = self._asked[place]
         budget = min(PROBE_CANDIDATES, load.rows_left - sum(budgets), self.method.most)
-        tries = follower.tries
-        if (
-            follower.budget
-            or budget < 1
-            or not self.passes.known
-            or (follower.idle < PATIENCE and min(tries) >= YOUNG)
-        ):
+        if budget < 1 or not self.passes.known:
             return
+        tries = follower.tries
         arms = [
             arm
             for arm, trial in enumerate(self.by_trial)
@@ -359,11 +363,18 @@ class AutoControl:
                     follower.trial = None
                     self._pause(follower, len(trial.accepted) > 0)
                     self._count(
-                        follower, trial.arm, trial.heat, trial.budget, len(trial.tree) - 1,
+                        follower,
+                        trial.arm,
+                        trial.heat,
+                        trial.budget,
+                        len(trial.tree) - 1,
                         trial.accepted,
                     )
         if self.purse > 0 and report.outcomes:
-            self._try(report.outcomes)
+            outcome = report.outcomes[self.steps % len(report.outcomes)]
+            follower = followers.get(id(outcome.sequence))
+            if follower is not None and follower.trial is None and not follower.rest:
+                self._try(follower, self.steps // len(report.outcomes))
 
     def _learn_times(self, report: StepReport) -> None:
         load = report.load
@@ -425,21 +436,18 @@ class AutoControl:
             heat = 0 if not accepted else 2 if accepted[-1] == candidates else 1
             follower.heat[arm] = heat
         follower.tries[arm] += 1
+        if follower.young and min(follower.tries) >= YOUNG:
+            follower.young = False
         if follower.budget or accepted:  # who sleeps is not woken by failure
             follower.news.add(arm)
 
-    def _try(self, outcomes: Sequence[Outcome]) -> None:
+    def _try(self, follower: Follower, turn: int) -> None:
         """Begin a trial of a drafter that a sequence does not use now, and pay for it."""
-        outcome = outcomes[self.steps % len(outcomes)]
-        sequence = outcome.sequence
-        follower = self.followers.get(id(sequence))
-        if follower is None or follower.trial is not None or follower.rest > 0:
-            return
         used = follower.arm if follower.budget else None
         arms = [arm for arm, trial in enumerate(self.by_trial) if trial and arm != used]
         if not arms:
             return
-        arm = arms[self.steps // len(outcomes) % len(arms)]
+        arm, sequence = arms[turn % len(arms)], follower.sequence
         budget = min(TRIAL_CANDIDATES, self.method.most)
         began = self.clock()
         drafting = self.context.drafting()
