@@ -117,12 +117,12 @@ def test_each_sequence_gets_the_drafter_that_suits_it() -> None:
 
     class Picky(Lots):
         def _chain(self, text: Any, budget: int) -> Any:
-            number = text.sequence.number
+            number = text.whole.number
             quality = 0.95 if number % 2 == self.which else 0.02
-            known = text.sequence.quality
-            text.sequence.quality = lambda position: quality
+            known = text.whole.quality
+            text.whole.quality = lambda position: quality
             tree = super()._chain(text, budget)
-            text.sequence.quality = known
+            text.whole.quality = known
             return tree
 
     parts = [Picky(lambda k: 1e-5, random.Random(i), which=i) for i in range(2)]

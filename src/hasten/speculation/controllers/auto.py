@@ -29,6 +29,8 @@ PATIENCE = 8
 """Steps between two trials of a drafter that fails, or two probes of one that cannot be tried."""
 MARGIN = 0.01
 """Gain in tokens a second below which drafting is not worth its risk."""
+SWITCH = 1.2
+"""How much more another drafter must be worth than the present one."""
 WORTHLESS = 0.03
 """Tokens a row below which a candidate is not even weighed."""
 TENANTS = 1024
@@ -265,7 +267,10 @@ class AutoControl:
             follower.values[arm] = value
         follower.news.clear()
         if len(self.drafts) > 1:
-            self._assign(follower, follower.values.index(max(follower.values)))
+            values = follower.values
+            best = max(values)
+            if best > SWITCH * values[follower.arm]:
+                self._assign(follower, values.index(best))
 
     def _assign(self, follower: Follower, arm: int) -> None:
         follower.arm = arm
