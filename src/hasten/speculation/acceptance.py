@@ -95,19 +95,19 @@ def worth(own: Curve, shared: Curve, most: int) -> Worth:
     rate = (shared.given + GUESS) / (shared.asked + GUESS)
     rate = (own.given + PRIOR * rate) / (own.asked + PRIOR)
     found: Worth = []
-    density = OPTIMISM / ONWARD
+    density, bound = OPTIMISM / ONWARD, 1.0
     for r, rung in enumerate(RUNGS):
         if rung > most:
             break
         width, weight = WIDTHS[r], shared.seen[r] + GUESS
         gain = (shared.gain[r] + GUESS * width * density * ONWARD) / weight
         rows = (shared.rows[r] + GUESS * width) / weight
-        if gain > rows * density:  # other texts' luck says little where this one has none
-            gain = rows * density
+        if gain > rows * bound:  # other texts' luck says little where this one has none
+            gain = rows * bound
         weight = own.seen[r] + PRIOR
         gain = (own.gain[r] + PRIOR * gain) / weight
         rows = (own.rows[r] + PRIOR * rows) / weight
-        density = gain / rows
+        density = bound = gain / rows
         rows, gain = rows * rate, gain * rate
         while found and found[-1][1] * rows < gain * found[-1][0]:  # the hull stays concave
             rows += found[-1][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -80,6 +81,33 @@ def test_it_wakes_when_drafts_become_good(does: frozenset[str]) -> None:
     before, had = auto.candidates, auto.tokens
     auto.run(500)
     assert (auto.candidates - before) / (auto.tokens - had) > 0.5
+
+
+@pytest.mark.parametrize("does", [frozenset({"drafts-from-text"}), MODEL_LIKE])
+@pytest.mark.parametrize("planning", [0.0, 3e-5])
+def test_a_good_text_after_many_useless_ones(does: frozenset[str], planning: float) -> None:
+    """Also where weighing budgets takes a tenth of a step: it is soon known what is best."""
+    simulation = Simulation(
+        Auto(),
+        [Text(lambda position: 0.0)],
+        SLOW_ROWS,
+        drafting=Lots(lambda k: 1e-5, _rng()),
+        does=does,
+    )
+    calls = itertools.count()
+    drafted = simulation.control.clock
+    simulation.control.clock = lambda: drafted() + planning * next(calls)
+    for _ in range(10):
+        simulation.run(200)
+        simulation.control.close(simulation.texts[0])
+        simulation.texts[0] = Text(lambda position: 0.0)
+    asleep = simulation.candidates / simulation.tokens
+    assert asleep < 0.05
+    before, steps = simulation.candidates, simulation.control.steps
+    simulation.texts[0] = Text(lambda position: 0.97)
+    simulation.run(160)
+    assert simulation.control.steps - steps < 100
+    assert simulation.candidates - before > 80
 
 
 def test_runs_of_acceptance_beat_every_fixed_budget() -> None:
