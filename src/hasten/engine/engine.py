@@ -457,6 +457,8 @@ class Engine:
         if not self._drafts or not sequences:
             return load, trees, 0.0
         budgets = self.control.plan(sequences, load)
+        if not any(budgets):
+            return load, trees, 0.0
         # the last token that may be generated is never a root, so drafts stop one before it
         budgets = [
             max(0, min(budget, s.request.limit - len(s.tokens) - 1))

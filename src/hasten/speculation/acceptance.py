@@ -13,16 +13,22 @@ from dataclasses import dataclass, field
 
 from hasten.speculation.tree import TokenTree
 
-RUNGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Budgets that are weighed against each other."""
+RUNGS = (1, 2, 4, 8, 15, 31, 63)
+"""Budgets that are weighed against each other. The root's row comes with them, and passes often
+grow dearer beyond a power of two."""
 WIDTHS = tuple(b - a for a, b in zip((0, *RUNGS), RUNGS, strict=False))
 
 OPTIMISM = 0.7
 """Worth of the first candidate before anything was seen."""
 ONWARD = 0.9
 """Worth of a candidate beyond what was tried, against the last one that was."""
-PRIOR = 3.0
-"""Proposals that a guess weighs as much as."""
+GUESS = 3.0
+"""Proposals that optimism weighs as much as."""
+UNTRIED = 0.8
+"""What is kept of a rung each time that everything before it was accepted and it was not tried.
+Bad luck would otherwise be remembered for good, as nothing is tried that seems worthless."""
+PRIOR = 1.5
+"""Proposals that a tenant's other texts weigh as much as, however many there were."""
 
 
 @dataclass(slots=True)
@@ -54,19 +60,24 @@ class Curve:
         """
         keep, seen, gain, rows = self.keep, self.seen, self.gain, self.rows
         self.asked = self.asked * keep + 1
-        self.given = self.given * keep + (candidates > 0)
         if not candidates:
+            self.given *= keep
             return
+        self.given = self.given * keep + 1
         hits, first = len(accepted), 0
         chain = not hits or accepted[-1] == hits
         for r, rung in enumerate(RUNGS):
-            if rung > budget and candidates == budget:
-                break  # more was not asked for, so nobody knows
+            if rung > budget and candidates == budget:  # more was not asked for: nobody knows
+                if hits == candidates:  # but more might have been accepted
+                    seen[r] *= UNTRIED
+                    gain[r] *= UNTRIED
+                    rows[r] *= UNTRIED
+                break
             width = rung - first
             got = hits - first if chain else sum(first < node <= rung for node in accepted)
+            more = candidates - first
             seen[r] = seen[r] * keep + 1
             gain[r] = gain[r] * keep + (0 if got < 0 else width if got > width else got)
-            more = candidates - first
             rows[r] = rows[r] * keep + (0 if more < 0 else width if more > width else more)
             first = rung
 
@@ -81,23 +92,22 @@ def worth(own: Curve, shared: Curve, most: int) -> Worth:
     ``own`` leans on ``shared`` where it has seen little, and that on optimism: what was never
     tried is worth trying.
     """
-    asked = shared.asked + PRIOR
-    rate = (shared.given + PRIOR) / asked
+    rate = (shared.given + GUESS) / (shared.asked + GUESS)
     rate = (own.given + PRIOR * rate) / (own.asked + PRIOR)
     found: Worth = []
-    density = OPTIMISM / ONWARD
+    density, bound = OPTIMISM / ONWARD, 1.0
     for r, rung in enumerate(RUNGS):
         if rung > most:
             break
-        width = WIDTHS[r]
-        weight = shared.seen[r] + PRIOR
-        gain = (shared.gain[r] + PRIOR * width * density * ONWARD) / weight
-        rows = (shared.rows[r] + PRIOR * width) / weight
-        gain = min(gain, rows * density)  # other texts' luck says little where this one has none
+        width, weight = WIDTHS[r], shared.seen[r] + GUESS
+        gain = (shared.gain[r] + GUESS * width * density * ONWARD) / weight
+        rows = (shared.rows[r] + GUESS * width) / weight
+        if gain > rows * bound:  # other texts' luck says little where this one has none
+            gain = rows * bound
         weight = own.seen[r] + PRIOR
         gain = (own.gain[r] + PRIOR * gain) / weight
         rows = (own.rows[r] + PRIOR * rows) / weight
-        density = gain / rows
+        density = bound = gain / rows
         rows, gain = rows * rate, gain * rate
         while found and found[-1][1] * rows < gain * found[-1][0]:  # the hull stays concave
             rows += found[-1][0]

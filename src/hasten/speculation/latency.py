@@ -15,7 +15,7 @@ from hasten.engine.recording import MAX_ROWS
 
 # dense where few rows are, where the recorded passes end, and doubling from there
 KNOTS = (1, 2, 3, 4, 6, 8, 12, MAX_ROWS, MAX_ROWS + 1, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.5
 """Time for the look at the idle engine; the first pass of all may take longer by itself."""
 LOOKS = (1, 2, 4, 8, MAX_ROWS, MAX_ROWS + 1, 32, 64, 128, 256, 512)
 CONTEXTS = (16, 1024)

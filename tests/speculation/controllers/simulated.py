@@ -52,7 +52,7 @@ class Lots(StatelessDrafting):
         root = len(text.tokens) - 1
         if self.rng.random() >= self.coverage:
             budget = 0
-        text = getattr(text, "sequence", text)
+        text = getattr(text, "whole", text)
         right = [self.rng.random() < text.quality(root + 1 + i) for i in range(budget)]
         return TokenTree.chain([root, *(root + 1 + i if ok else -1 for i, ok in enumerate(right))])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -82,6 +83,33 @@ def test_it_wakes_when_drafts_become_good(does: frozenset[str]) -> None:
     assert (auto.candidates - before) / (auto.tokens - had) > 0.5
 
 
+@pytest.mark.parametrize("does", [frozenset({"drafts-from-text"}), MODEL_LIKE])
+@pytest.mark.parametrize("planning", [0.0, 3e-5])
+def test_a_good_text_after_many_useless_ones(does: frozenset[str], planning: float) -> None:
+    """Also where weighing budgets takes a tenth of a step: it is soon known what is best."""
+    simulation = Simulation(
+        Auto(),
+        [Text(lambda position: 0.0)],
+        SLOW_ROWS,
+        drafting=Lots(lambda k: 1e-5, _rng()),
+        does=does,
+    )
+    calls = itertools.count()
+    drafted = simulation.control.clock
+    simulation.control.clock = lambda: drafted() + planning * next(calls)
+    for _ in range(10):
+        simulation.run(200)
+        simulation.control.close(simulation.texts[0])
+        simulation.texts[0] = Text(lambda position: 0.0)
+    asleep = simulation.candidates / simulation.tokens
+    assert asleep < 0.05
+    before, steps = simulation.candidates, simulation.control.steps
+    simulation.texts[0] = Text(lambda position: 0.97)
+    simulation.run(160)
+    assert simulation.control.steps - steps < 100
+    assert simulation.candidates - before > 80
+
+
 def test_runs_of_acceptance_beat_every_fixed_budget() -> None:
     def runs(position: int) -> float:
         return 0.98 if position // 100 % 2 else 0.03
@@ -117,12 +145,12 @@ def test_each_sequence_gets_the_drafter_that_suits_it() -> None:
 
     class Picky(Lots):
         def _chain(self, text: Any, budget: int) -> Any:
-            number = text.sequence.number
+            number = text.whole.number
             quality = 0.95 if number % 2 == self.which else 0.02
-            known = text.sequence.quality
-            text.sequence.quality = lambda position: quality
+            known = text.whole.quality
+            text.whole.quality = lambda position: quality
             tree = super()._chain(text, budget)
-            text.sequence.quality = known
+            text.whole.quality = known
             return tree
 
     parts = [Picky(lambda k: 1e-5, random.Random(i), which=i) for i in range(2)]

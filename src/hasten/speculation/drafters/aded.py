@@ -28,7 +28,7 @@ MOST_SUCCESSORS = 15
     "(arXiv:2407.12021)",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens",),
+    does=("proposes-tokens", "drafts-from-text"),
 )
 @dataclass(frozen=True)
 class Aded:

@@ -64,7 +64,7 @@ class Source:
     paper="Lossless Acceleration for Seq2seq Generation with Aggressive Decoding (2205.10350)",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens",),
+    does=("proposes-tokens", "drafts-from-text"),
 )
 @dataclass(frozen=True)
 class Aggressive(StatelessDrafting):

@@ -5,16 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from hasten.methods import method
 from hasten.speculation.base import Computed, Draftable, DraftContext, Drafter, Drafting, Outcome
 from hasten.speculation.drafters.prompt_lookup import PromptLookup
+from hasten.speculation.parts import PartView, check_parts
 from hasten.speculation.tree import TokenTree
-
-if TYPE_CHECKING:
-    from hasten.cache.manager import Stream
-    from hasten.decoding.sampling import Sampler
 
 
 @method(
@@ -38,37 +34,11 @@ class AnyOf:
     def __post_init__(self) -> None:
         if len(self.of) < 2:
             raise ValueError("name at least two drafters: any(of=prompt-lookup|model)")
+        check_parts(self.of)
 
     def start(self, context: DraftContext) -> Portfolio:
         names = [str(part.card.name) for part in self.of]  # type: ignore[attr-defined]
         return Portfolio([part.start(context) for part in self.of], names)
-
-
-class Part:
-    """A sequence as one of the drafters sees it: with that drafter's state."""
-
-    __slots__ = ("draft_state", "sequence", "tokens")
-
-    def __init__(self, sequence: Draftable) -> None:
-        self.sequence = sequence
-        self.tokens = sequence.tokens  # the same list: it grows with the sequence
-        self.draft_state: Any = None
-
-    @property
-    def num_prompt(self) -> int:
-        return self.sequence.num_prompt
-
-    @property
-    def tenant(self) -> str:
-        return self.sequence.tenant
-
-    @property
-    def sampler(self) -> Sampler:
-        return self.sequence.sampler
-
-    @property
-    def stream(self) -> Stream:
-        return self.sequence.stream
 
 
 @dataclass(slots=True)
@@ -76,7 +46,7 @@ class Parts:
     """State of a sequence: its view for each drafter, and who drafts (None = the first that
     proposes something)."""
 
-    views: list[Part]
+    views: list[PartView]
     arm: int | None = None
     open: int = 0
     """Drafters, as bits, whose last proposal has not been settled by an outcome."""
@@ -97,7 +67,7 @@ class Portfolio:
         return sorted({layer for part in self.parts for layer in part.capture})
 
     def open(self, sequence: Draftable) -> Parts:
-        views = [Part(sequence) for _ in self.parts]
+        views = [PartView(sequence, sequence.tokens) for _ in self.parts]
         for part, view in zip(self.parts, views, strict=True):
             view.draft_state = part.open(view)
         return Parts(views)

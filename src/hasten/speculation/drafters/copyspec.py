@@ -71,7 +71,7 @@ class CopyIndex:
     paper="CopySpec: Accelerating LLMs with Speculative Copy-and-Paste (arXiv:2502.08923)",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens",),
+    does=("proposes-tokens", "drafts-from-text"),
 )
 @dataclass(frozen=True)
 class CopySpec(StatelessDrafting):

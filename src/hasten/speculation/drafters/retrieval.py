@@ -18,7 +18,7 @@ from hasten.speculation.tree import TokenTree, TreeBuilder
     paper="REST: Retrieval-Based Speculative Decoding (arXiv:2311.08252)",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens",),
+    does=("proposes-tokens", "drafts-from-text"),
 )
 @dataclass(frozen=True)
 class Retrieval(StatelessDrafting):

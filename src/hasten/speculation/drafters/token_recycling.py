@@ -75,7 +75,7 @@ def template(budget: int) -> list[Level]:
     "Token Recycling (arXiv:2408.08696)",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens",),
+    does=("proposes-tokens", "drafts-from-text"),
 )
 @dataclass(frozen=True)
 class TokenRecycling:
