@@ -47,7 +47,9 @@ def test_random_tokens_have_the_asked_shape() -> None:
 
 
 def test_an_unknown_workload_names_those_there_are() -> None:
-    with pytest.raises(WorkloadError, match="no workload 'nope'; there are: code, spec-bench"):
+    with pytest.raises(
+        WorkloadError, match="no workload 'nope'; there are: code, tasks, spec-bench"
+    ):
         workloads.workload("nope")
 
 
@@ -66,8 +68,8 @@ def test_external_data_has_to_be_pointed_at(
     (tmp_path / "prompts" / "spec_bench_even.jsonl").write_text(lines)
     monkeypatch.setenv("HASTEN_DATA", str(tmp_path))
     assert workloads.workload("spec-bench", 2) == [
-        Item("81", turns=("a", "b")),
-        Item("82", turns=("a", "b")),
+        Item("81", turns=("a", "b"), category="writing"),
+        Item("82", turns=("a", "b"), category="writing"),
     ]
 
 

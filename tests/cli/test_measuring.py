@@ -46,7 +46,7 @@ def test_compare_as_json(questions: Path) -> None:
 def test_compare_refuses_before_it_measures(questions: Path, tmp_path: Path) -> None:
     assert_one_line(hasten("compare", "plain", "plain", "-w", questions), "given twice")
     assert_one_line(hasten("compare", "draft=nope", "-w", questions), "no method 'nope'")
-    assert_one_line(hasten("compare", "plain", "-w", "nope"), "code, spec-bench", ".jsonl")
+    assert_one_line(hasten("compare", "plain", "-w", "nope"), "code, tasks, spec-bench", ".jsonl")
     assert_one_line(hasten("compare", "plain", "-w", tmp_path / "no.jsonl"), "no.jsonl")
     assert_one_line(hasten("compare", "plain", "-w", questions, "-o", questions), "exists")
     assert hasten("compare", "plain", "-w", questions, "--rounds", 0).exit_code == 2

@@ -165,7 +165,7 @@ def test_arguments_that_do_not_fit_together(tmp_path: Path) -> None:
     assert_one_line(hasten("run", empty, "-o", out), "no prompts")
     assert_one_line(hasten("run", source, "-o", tmp_path), "directory")
     assert_one_line(hasten("run", source, "-o", tmp_path / "no" / "out.jsonl"), "No such file")
-    assert_one_line(hasten("run", "--workload", "nope", "-o", out), "code, spec-bench")
+    assert_one_line(hasten("run", "--workload", "nope", "-o", out), "code, tasks, spec-bench")
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def compare(
     With --batch 1 and prompts of several kinds there is a second table, by kind.
     """
     with o.one_line_errors():
+        if not stacks and draft is None:
+            raise typer.BadParameter("name stacks to compare, or drafters with --draft")
         given = list(stacks or ["plain"])
         if draft is not None:
             given += [f"{given[0]},draft={name}" for name in _drafters(draft)]

@@ -39,7 +39,7 @@ def run(
     workload: Annotated[
         str | None,
         typer.Option(
-            "--workload", "-w", help="Built-in prompts instead of a file: code, spec-bench."
+            "--workload", "-w", help="Built-in prompts instead of a file: code, tasks, spec-bench."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,

@@ -157,7 +157,8 @@ class Runner:
             depth[part.first : part.first + len(part.hidden)] = part.layers
             joining[part.layers].append(part)
         stream = torch.empty(batch.num_rows, self.model.config.hidden_size)
-        captured: dict[int, torch.Tensor] = {}
+        # layers that no row runs any more are captured, too: as numbers that are none
+        captured = {layer: torch.full_like(stream, torch.nan) for layer in capture}
         stops = sorted({0, *joining, self.model.config.num_layers})
         for first, last in pairwise(stops):
             for part in joining[first]:
@@ -176,7 +177,6 @@ class Runner:
             )
             stream[index] = out.rows
             for layer, hidden in out.captured.items():
-                captured[layer] = torch.full_like(stream, torch.nan)
                 captured[layer][index] = hidden
         return Hidden(stream, captured)
 

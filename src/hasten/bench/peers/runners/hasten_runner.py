@@ -22,7 +22,7 @@ from hasten.speculation.tree import TokenTree
 
 
 @method(
-    "scripted",
+    "drafts-of-length",
     slot="draft",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
@@ -71,7 +71,7 @@ class Hasten:
 
     def verify(self, context: int, counts: list[int], repeats: int) -> dict[int, list[float]]:
         """Steps with a chain of random candidates: everything that a step does is timed."""
-        stack = ",".join(filter(None, [self._stack, "draft=scripted"]))
+        stack = ",".join(filter(None, [self._stack, "draft=drafts-of-length"]))
         front = Frontend(
             self._llm.frontend.name, stack=stack, share=[self._llm.frontend], **self._sizes
         )
