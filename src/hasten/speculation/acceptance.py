@@ -27,7 +27,7 @@ GUESS = 3.0
 UNTRIED = 0.8
 """What is kept of a rung each time that everything before it was accepted and it was not tried.
 Bad luck would otherwise be remembered for good, as nothing is tried that seems worthless."""
-PRIOR = 1.5
+PRIOR = 3.0
 """Proposals that a tenant's other texts weigh as much as, however many there were."""
 
 

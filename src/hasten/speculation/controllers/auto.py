@@ -23,7 +23,7 @@ OWN, SHARED = 0.96, 0.98
 HEATS = 3
 """How the last proposal went: not at all, partly, to its end. Acceptance comes in runs."""
 TRIAL_CANDIDATES, PROBE_CANDIDATES = 4, 2
-YOUNG = 2
+YOUNG = 3
 """Proposals of its own below which a sequence is probed: others' texts are no proof."""
 PATIENCE = 8
 """Steps between two trials of a drafter that fails, or two probes of one that cannot be tried."""
