@@ -126,7 +126,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells: list[Any] = [
-            f"`{row.name}`",
+            _code(row.name),
             row.tokens_per_second,
             f"{row.ratio}x",
             row.decode_per_second,
@@ -137,6 +137,11 @@ def table(rows: Sequence[Row]) -> str:
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _code(name: str) -> str:
+    """A stack's name in a Markdown table, where a bar would end the cell."""
+    return "`" + name.replace("|", "\\|") + "`"
 
 
 @dataclass
@@ -186,5 +191,5 @@ def category_table(categories: Sequence[Category]) -> str:
     lines.append("| plain outputs that end in a loop | " + " | ".join(shares) + " |")
     for name in categories[0].ratios:
         cells = [f"{c.ratios[name]}x" for c in categories]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        lines.append(f"| {_code(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
