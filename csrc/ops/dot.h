@@ -116,7 +116,8 @@ struct NibbleDotVnni {
     typedef __m512i Weights, Inputs;
     typedef I16 Sum;
     static constexpr int MOST_ROWS = 6, MOST_PANELS = 4;
-    static constexpr int panels_of(int rows) { return rows <= 3 ? 4 : 2; }
+    // whole strips while memory decides, then as many as leave registers for sums and outputs
+    static constexpr int panels_of(int rows) { return rows <= 5 ? 4 : 2; }
 
     static HASTEN_INLINE Sum begin(I16 total) { return total; }
     static HASTEN_INLINE Weights low(const uint8_t* p) { return low_halves(p); }

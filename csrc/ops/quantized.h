@@ -30,8 +30,8 @@ constexpr int STRIP = 4;
 constexpr int64_t STRIP_OUTPUTS = STRIP * LANES;
 // Rows whose sums are held while a strip goes by.
 constexpr int64_t PASS = 128;
-// A strip is read in pieces that stay in the first-level cache while every tile of rows goes over
-// them and the next piece arrives from memory.
+// A strip is read in pieces that stay in the first-level cache while every tile goes over them
+// and the next piece arrives from memory, each tile fetching its share.
 constexpr int64_t PIECE_BYTES = 32 << 10;
 // How far ahead of a tile weights are fetched when nobody has fetched them yet: so far that memory
 // has answered, and past what the processor fetches by itself.
@@ -91,7 +91,14 @@ void strip_sums(const QuantizedArgs& a, const Activations& x, int64_t row, int64
     const int64_t pieces = (units * unit_bytes + PIECE_BYTES - 1) / PIECE_BYTES;
     const int64_t tiles = (rows + Dot::MOST_ROWS - 1) / Dot::MOST_ROWS;
     const int64_t unit_lines = (unit_bytes + 63) / 64;
-    const int64_t share = (unit_lines + tiles - 1) / tiles;  // of the next piece, for each tile
+    // tiles of nearly equal size
+    const auto rows_before = [=](int64_t tile) { return rows * tile / tiles; };
+    int64_t passes = 0;  // over a piece
+    for (int64_t i = 0; i < tiles; i++) {
+        const int step = Dot::panels_of(int(rows_before(i + 1) - rows_before(i)));
+        passes += (width + step - 1) / step;
+    }
+    const int64_t share = (unit_lines + passes - 1) / passes;  // of the next piece, for each pass
     Tile t;
     t.args = &a, t.x = &x, t.width = width;
     for (int64_t piece = 0; piece < pieces; piece++) {
@@ -100,24 +107,23 @@ void strip_sums(const QuantizedArgs& a, const Activations& x, int64_t row, int64
         t.first = piece == 0;
         t.w = strip + t.unit * unit_bytes;
         const uint8_t* next = t.w + t.units * unit_bytes;
+        int64_t pass = 0;
         for (int64_t i = 0; i < tiles; i++) {
-            // tiles of nearly equal size
-            const int64_t begin = rows * i / tiles;
-            const int count = int(rows * (i + 1) / tiles - begin);
+            const int64_t begin = rows_before(i);
+            const int count = int(rows_before(i + 1) - begin);
             const int step = Dot::panels_of(count);
             t.row = row + begin;
-            if (tiles == 1 || (piece == 0 && i == 0)) {
-                t.lines = int(unit_lines);
-                t.ahead = t.w + AHEAD_BYTES;
-            } else {
-                t.lines = i * share < unit_lines ? int(share) : 0;
-                t.ahead = next + i * share * t.units * 64;
-            }
-            for (int64_t p = 0; p < width; p += step) {
+            for (int64_t p = 0; p < width; p += step, pass++) {
+                if (passes == 1 || (piece == 0 && pass == 0)) {
+                    t.lines = int(unit_lines);
+                    t.ahead = t.w + AHEAD_BYTES;
+                } else {
+                    t.lines = pass * share < unit_lines ? int(share) : 0;
+                    t.ahead = next + pass * share * t.units * 64;
+                }
                 t.panel = p;
                 t.held = held + (begin * STRIP_OUTPUTS + p * LANES) * 4;
                 TILES<F>.at[count][width - p < step ? width - p : step](t);
-                t.lines = 0;
             }
         }
     }
