@@ -175,5 +175,7 @@ def test_other_vocabularies_and_shorter_models_are_refused(tiny: Make, tmp_path:
         Engine(tiny("llama", max_position_embeddings=1024), stack)
     with pytest.raises(ValueError, match="no such folder"):
         Engine(tiny("llama"), Stack.parse("draft=model(path=/nowhere/at/all)"))
+    with pytest.raises(MethodError, match="does not fit the 40 pages"):
+        DraftModel(tiny("llama"), context(tiny("llama")), 641)
     with pytest.raises(MethodError, match="at least one"):
         Stack.parse("draft=model(k=0)")

@@ -189,7 +189,6 @@ class Engine:
                 max_sequences=self.config.max_sequences,
                 max_batch_tokens=self.config.max_batch_tokens,
                 max_length=self.max_length,
-                kv_bytes=self.config.kv_bytes,
                 prefix_reuse=self.config.prefix_reuse,
                 should_stop=self.control.should_stop,
                 hidden="draft-hidden-states" in stack["control"].card.needs,
@@ -466,8 +465,6 @@ class Engine:
         ]
         if sum(budgets) > left:
             raise AssertionError(f"budgets {budgets} exceed the {left} rows that are left")
-        if not any(budgets):
-            return load, trees, 0.0
         began = self.clock.now()
         proposed = self.drafting.propose(sequences, budgets)
         seconds = self.clock.now() - began

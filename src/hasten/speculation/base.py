@@ -71,7 +71,6 @@ class DraftContext:
         max_sequences: sequences that hold pages at the same time.
         max_batch_tokens: rows of a step.
         max_length: longest sequence.
-        kv_bytes: memory for the target's keys and values.
         prefix_reuse: whether pages may be shared between requests.
         should_stop: the controller's rule for drafters that draft token by token.
         hidden: whether the rule reads hidden states of the draft model.
@@ -89,7 +88,6 @@ class DraftContext:
     max_sequences: int
     max_batch_tokens: int
     max_length: int
-    kv_bytes: int
     prefix_reuse: bool
     should_stop: StopRule
     hidden: bool = False

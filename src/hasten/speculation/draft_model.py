@@ -147,6 +147,11 @@ class DraftModel:
             keep: whether accepted candidates keep the keys and values that they were drafted
                 with; otherwise the next ``begin`` computes them again.
         """
+        if nodes > context.cache.num_blocks * PAGE_SIZE:
+            raise MethodError(
+                f"a draft of {nodes} tokens does not fit the {context.cache.num_blocks} pages of "
+                f"{PAGE_SIZE} positions; draft fewer, or raise kv_bytes"
+            )
         self.model = model
         self.most_rows = context.max_batch_tokens
         self.hidden = context.hidden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def draw(law: NDArray[np.float64], number: float) -> int:
 
 
 @dataclass
-class TreeDrafting:
+class TreeDrafting(ABC):
     """`hasten.speculation.base.Drafting` by trees of a draft model; a subclass grows them.
 
     Attributes:
@@ -54,6 +55,7 @@ class TreeDrafting:
     independent = False
     """Siblings are drawn with replacement."""
 
+    @abstractmethod
     def propose_trees(
         self, sequences: Sequence[Draftable], budgets: Sequence[int], first: DraftRows
     ) -> list[dict[int, NDArray[np.float64]]]:
@@ -65,7 +67,6 @@ class TreeDrafting:
         Returns:
             For each sequence the laws of the nodes below which candidates were drawn, by number.
         """
-        raise NotImplementedError
 
     def compute(self, states: Sequence[DraftState], nodes: Sequence[Sequence[int]]) -> DraftRows:
         """`DraftModel.extend`."""
@@ -100,7 +101,7 @@ class TreeDrafting:
         tree, state.place = builder.build(self.independent)
         return tree
 
-    def absorb(self, chunks: Sequence[Computed]) -> None:
+    def absorb(self, chunks: Sequence[Computed]) -> None:  # noqa: B027 (nothing is captured)
         pass
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:

@@ -156,17 +156,6 @@ class TreeBuilder:
         self.source.append(source)
         return len(self.token) - 1
 
-    def add_path(self, parent: int, tokens: Sequence[int], source: int = 0) -> None:
-        """A chain below ``parent``, along what is there already."""
-        for token in tokens:
-            parent = self.add(parent, token, source)
-
-    def add_tree(self, tree: TokenTree, source: int = 0) -> None:
-        """Another tree with the same root, along what is there already."""
-        place = [0]
-        for node in range(1, len(tree)):
-            place.append(self.add(place[tree.parent[node]], tree.token[node], source))
-
     def build(self, independent: bool = False) -> tuple[TokenTree, list[int]]:
         """The tree, and for each of its nodes the number that ``add`` gave it."""
         order = sorted(range(len(self.token)), key=self.depth.__getitem__)  # stable

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hasten.engine.engine import Engine, EngineConfig
 from hasten.methods import MethodError
 from hasten.models.base import Decoder
+from hasten.speculation.base import Outcome
 from hasten.speculation.draft_model import DraftModel
 from hasten.speculation.drafters.easyspec import Grouped
-from hasten.stack import Stack
+from hasten.speculation.tree import TokenTree
 from tests.speculation.examples import tiny_draft
 from tests.speculation.test_draft_model import alone, context, sequence
-from tests.speculation.tree_checks import drive, same_as_alone
+from tests.speculation.tree_checks import same_as_alone
 
 
 def rows_of(model: Decoder, group: int, tokens: list[int], nodes: list[int]) -> np.ndarray:
@@ -48,16 +48,25 @@ def test_larger_groups_are_not(tiny: Callable[..., Decoder]) -> None:
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
-def test_calibration_wipes_what_was_fuzzy(
-    tiny: Callable[..., Decoder], tmp_path: Path, calibrate: bool
-) -> None:
-    """After each round the draft's pages hold what an exact draft would have computed, or not."""
-    target = tiny("llama")
-    text = f"draft=easyspec(path={tiny_draft(tmp_path)},group=4,calibrate={str(calibrate).lower()})"
-    engine = Engine(target, Stack.parse(text), EngineConfig(max_sequences=2))
-    runtime = engine.drafting.runtime  # type: ignore[attr-defined]
-    drive(engine, [[3, 4, 5]])
-    assert runtime.keep is not calibrate
+def test_calibration_wipes_what_was_fuzzy(tiny: Callable[..., Decoder], calibrate: bool) -> None:
+    """After a round that was accepted whole the next row is that of an exact draft, or not."""
+    model = tiny("llama", num_hidden_layers=6)
+    runtime = DraftModel(model, context(model), 8, grown_by=Grouped(model, 4), keep=not calibrate)
+    s = sequence([9, 8, 7])
+    state = runtime.open(s)
+    runtime.begin([state])
+    for number, token in enumerate([6, 5, 4]):
+        assert runtime.room(state, number + 1)
+        state.add(number, token)
+        runtime.extend([state], [[number + 1]])
+    tree = TokenTree.chain(state.token)
+    state.place = range(len(tree))
+    s.tokens += [6, 5, 4, 3]
+    outcome = Outcome(s, 2, tree, [0, 1, 2, 3], [6, 5, 4, 3], np.empty((0, 61)))
+    runtime.settle(state, outcome)
+    _, rows = runtime.begin([state])
+    assert rows is not None
+    assert np.array_equal(rows.logits[0], alone(model, s.tokens)) == calibrate
 
 
 def test_the_same_as_alone(tiny: Callable[..., Decoder], tmp_path: Path) -> None:

@@ -162,7 +162,9 @@ def joined_with_drawn(
         union.add_whole(PartView(None, [], tree=drawn), [0] + [1] * 3)  # type: ignore[arg-type]
         other = TreeBuilder(history[-1])
         for path in said:
-            other.add_path(0, path)
+            node = 0
+            for token in path:
+                node = other.add(node, token)
         chosen, _ = other.build()
         union.add(PartView(None, [], tree=chosen), [2] * len(chosen), 9)  # type: ignore[arg-type]
         return union.build()

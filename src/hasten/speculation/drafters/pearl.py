@@ -65,7 +65,7 @@ class PearlState:
             grow while the draft model runs.
         submitted: nodes that the target verifies now; those behind them are ahead of it.
         laws: from which nodes were drawn, by the node before.
-        ahead: the row after the last node, kept for the next pass: (best token, law or None).
+        following: what comes after the last node, chosen already: (token, its law or None).
     """
 
     draft: DraftState
