@@ -48,11 +48,12 @@ Patch = pytest.MonkeyPatch
 def same_as_alone(tiny: Make, folder: Path) -> None:
     """Random requests with scripted drafts of every kind in a small pool."""
     for architecture, sizes in (("llama", {}), ("mistral", {"sliding_window": 20})):
-        rng = random.Random(2)
-        world = World(tiny(architecture, **sizes), drafts="mixed", blocks=9, seed=1)
-        for _ in range(25):
-            world.add(prompt_of(rng, 61, rng.randint(1, 30)), params_of(rng, 61))
-        world.drain()
+        for seed in range(4):
+            rng = random.Random(seed)
+            world = World(tiny(architecture, **sizes), drafts="mixed", blocks=9, seed=seed)
+            for _ in range(25):
+                world.add(prompt_of(rng, 61, rng.randint(1, 30)), params_of(rng, 61))
+            world.drain()
 
 
 def rows_of_drafts(tiny: Make, folder: Path) -> None:

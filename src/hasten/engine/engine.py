@@ -465,6 +465,8 @@ class Engine:
         ]
         if sum(budgets) > left:
             raise AssertionError(f"budgets {budgets} exceed the {left} rows that are left")
+        if not any(budgets):  # all are about to reach their limit
+            return load, trees, 0.0
         began = self.clock.now()
         proposed = self.drafting.propose(sequences, budgets)
         seconds = self.clock.now() - began
