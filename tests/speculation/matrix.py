@@ -41,7 +41,7 @@ FACTORS: dict[str, list[Any]] = {
     "pool": ["roomy", "tiny"],
     "n": [1, 3],
     "processors": list(PENALTIES),
-    "stops": ["none", "id", "string"],
+    "stops": ["none", "id", "string", "end"],
     "logprobs": [None, 2],
     "min_p": [0.0, 0.1],
     "model": ["llama", "mistral"],
@@ -70,9 +70,9 @@ class Matrix:
         self._plain: dict[str, list[Output]] = {}
         self.compared = self.accepted = self.preempted = self.hits = 0
 
-    def prompts(self, count: int) -> list[list[int]]:
+    def prompts(self, count: int, seed: int) -> list[list[int]]:
         """Texts that repeat themselves and each other, so that drafters have something to find."""
-        rng = random.Random(11)
+        rng = random.Random(seed)
         phrase = [rng.randrange(2, VOCAB) for _ in range(9)]
         made = []
         for index in range(count):
@@ -80,8 +80,8 @@ class Matrix:
             made.append((phrase * 4)[: 20 + index % 5] + tail + phrase[:5])
         return made
 
-    def run(self, row: dict[str, Any], tokens: int | None = None) -> str | None:
-        """What differs from plain decoding, or None."""
+    def run(self, row: dict[str, Any], tokens: int | None = None, seed: int = 11) -> str | None:
+        """What differs from plain decoding, or None; ``seed`` makes the prompts."""
         plain_stack = f"codec={row['codec']}"
         choices = [plain_stack, f"schedule=stall-free(chunk={row['chunk']})"]
         choices += [
@@ -97,9 +97,10 @@ class Matrix:
             logprobs=row["logprobs"],
             min_p=row["min_p"],
             seed=5,
+            ignore_eos=row["stops"] != "end",
             **PENALTIES[row["processors"]],
         )
-        prompts = self.prompts(row["together"])
+        prompts = self.prompts(row["together"], seed)
         expected, stops = self._expected(model, plain_stack, params, prompts, row["stops"])
         longest = max(map(len, prompts)) + length + 1
         each = -(-longest // PAGE_SIZE) * row["n"]
@@ -142,7 +143,7 @@ class Matrix:
     ) -> tuple[list[Output], dict[str, Any]]:
         """Plain outputs, and what ends a request early: a token or string of its own output."""
         free = self._alone(model, stack, params, prompts, {})
-        if stops == "none":
+        if stops in ("none", "end"):  # "end": wherever the model says so, often at once
             return free, {}
         first = free[0][0][0]
         place = min(len(first) // 2, len(first) - 2)
