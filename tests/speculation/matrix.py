@@ -22,7 +22,7 @@ Make = Callable[..., Decoder]
 Output = list[tuple[list[int], Any, str]]
 """Per sequence of a request: tokens, log-probabilities, why it ended."""
 
-LENGTH = {1: 64, 4: 20, 12: 8}
+LENGTH = {1: 64, 4: 20, 12: 8, 32: 4}
 """Tokens of a request, by the number of requests that run together."""
 
 PENALTIES: dict[str, dict[str, Any]] = {
