@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hasten.speculation.acceptance import RUNGS, Curve, worth
+from hasten.speculation.acceptance import RUNGS, Curve, presence, worth
 
 
 def curve(keep: float, proposals: int, budget: int, hits: int) -> Curve:
@@ -27,11 +27,13 @@ def test_own_proposals_soon_outweigh_any_number_of_others() -> None:
     assert tokens(curve(0.96, 3, 4, 0), perfect) < 2.5
 
 
-def test_proposals_that_are_rarely_there_count_for_less() -> None:
+def test_whether_there_is_a_proposal_counts_apart() -> None:
     rare = curve(1.0, 50, 4, 4)
     for _ in range(50):
         rare.observe(4, 0, [])
-    assert 1.5 < tokens(rare, Curve(0.98)) < 2.5
+    assert 0.45 < presence(rare, Curve(0.98)) < 0.55
+    assert tokens(rare, Curve(0.98)) > 3.5
+    assert presence(Curve(0.96), Curve(0.98)) == 1
 
 
 def test_bad_luck_is_not_remembered_for_good() -> None:

@@ -87,7 +87,7 @@ def test_nothing_is_known_before_the_first_step() -> None:
 
 def test_prices_of_sums() -> None:
     rng = random.Random(1)
-    times = LinearTimes(3)
+    times = LinearTimes((1, 1, 1))
     for _ in range(500):
         terms = (1.0, rng.randint(1, 8), rng.randint(0, 40))
         true = 1e-4 * terms[0] + 5e-5 * terms[1] + 1e-6 * terms[2]
@@ -97,7 +97,7 @@ def test_prices_of_sums() -> None:
 
 
 def test_terms_that_never_vary_do_no_harm() -> None:
-    times = LinearTimes(3)
+    times = LinearTimes((1, 1, 1))
     for _ in range(20000):
         times.observe((1, 4, 0), 1e-4)
     assert times.seconds((1, 4, 0)) == pytest.approx(1e-4, rel=0.01)

@@ -27,7 +27,7 @@ GUESS = 3.0
 UNTRIED = 0.8
 """What is kept of a rung each time that everything before it was accepted and it was not tried.
 Bad luck would otherwise be remembered for good, as nothing is tried that seems worthless."""
-PRIOR = 3.0
+PRIOR = 2.0
 """Proposals that a tenant's other texts weigh as much as, however many there were."""
 
 
@@ -86,14 +86,19 @@ Worth = list[tuple[float, float, int]]
 """Steps of growing budgets, each worth less a row than the one before: (rows, gain, budget)."""
 
 
+def presence(own: Curve, shared: Curve) -> float:
+    """Chance that a proposal has any candidates."""
+    rate = (shared.given + GUESS) / (shared.asked + GUESS)
+    return (own.given + PRIOR * rate) / (own.asked + PRIOR)
+
+
 def worth(own: Curve, shared: Curve, most: int) -> Worth:
-    """What budgets up to ``most`` are expected to bring, as the upper hull of the curve.
+    """What proposals with budgets up to ``most`` are expected to bring, as the upper hull of the
+    curve.
 
     ``own`` leans on ``shared`` where it has seen little, and that on optimism: what was never
     tried is worth trying.
     """
-    rate = (shared.given + GUESS) / (shared.asked + GUESS)
-    rate = (own.given + PRIOR * rate) / (own.asked + PRIOR)
     found: Worth = []
     density, bound = OPTIMISM / ONWARD, 1.0
     for r, rung in enumerate(RUNGS):
@@ -108,7 +113,6 @@ def worth(own: Curve, shared: Curve, most: int) -> Worth:
         gain = (own.gain[r] + PRIOR * gain) / weight
         rows = (own.rows[r] + PRIOR * rows) / weight
         density = bound = gain / rows
-        rows, gain = rows * rate, gain * rate
         while found and found[-1][1] * rows < gain * found[-1][0]:  # the hull stays concave
             rows += found[-1][0]
             gain += found[-1][1]
@@ -121,7 +125,6 @@ def worth(own: Curve, shared: Curve, most: int) -> Worth:
 class Trial:
     """A proposal that is held against the text as it comes, without being verified."""
 
-    arm: int
     heat: int
     budget: int
     tree: TokenTree

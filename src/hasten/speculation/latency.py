@@ -134,14 +134,16 @@ class PassTimes:
 class LinearTimes:
     """Seconds as a sum of terms with prices that are not negative, by recursive least squares.
 
-    ``memory`` is how many measurements count, about.
+    ``sizes`` are the terms' usual values: of terms that vary together, the larger pays less for
+    each. ``memory`` is how many measurements count, about.
     """
 
-    def __init__(self, terms: int, memory: float = 100.0) -> None:
+    def __init__(self, sizes: Sequence[float], memory: float = 100.0) -> None:
+        terms = len(sizes)
         self.price = [0.0] * terms
         self.seen = 0
         self._keep = 1 - 1 / memory
-        self._gain = [[1e3 * (i == j) for j in range(terms)] for i in range(terms)]
+        self._gain = [[1e3 / s**2 * (i == j) for j in range(terms)] for i, s in enumerate(sizes)]
         self._usual = 0.0
 
     def seconds(self, terms: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ class Text:
     tokens: list[int] = field(default_factory=lambda: [0])
     tenant: str = ""
     draft_state: Any = None
+    num_prompt: int = 1
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Lots(StatelessDrafting):
     coverage: float = 1.0
     which: int = 0
     spent: float = 0.0
+    quality: float | None = None
+    """Chance that a candidate is right, where it is not the text's."""
 
     def propose(self, sequences: Sequence[Any], budgets: Sequence[int]) -> list[TokenTree]:
         self.spent += self.seconds(max(budgets))
@@ -53,7 +57,11 @@ class Lots(StatelessDrafting):
         if self.rng.random() >= self.coverage:
             budget = 0
         text = getattr(text, "whole", text)
-        right = [self.rng.random() < text.quality(root + 1 + i) for i in range(budget)]
+        own = self.quality
+        right = [
+            self.rng.random() < (text.quality(root + 1 + i) if own is None else own)
+            for i in range(budget)
+        ]
         return TokenTree.chain([root, *(root + 1 + i if ok else -1 for i, ok in enumerate(right))])
 
 
@@ -88,14 +96,17 @@ class Simulation:
                 time_step=(lambda rows, context: pass_seconds(rows)) if look else None,
             )
         )
-        if hasattr(self.control, "clock"):
-            self.control.clock = lambda: self._drafted()
+        for timed in (self.control, self.drafting):
+            if hasattr(timed, "clock"):
+                timed.clock = self._drafted
         for text in texts:
             text.draft_state = self.drafting.open(text)
         self.seconds = 0.0
         self.tokens = 0
         self.candidates = 0
         self.budgets: list[int] = []
+        self.accepted: Counter[int] = Counter()
+        """Candidates by the source of their tree."""
 
     def _drafted(self) -> float:
         parts = getattr(self.drafting, "parts", [self.drafting])
@@ -145,6 +156,8 @@ class Simulation:
         path = [0]
         while path[-1] + 1 < len(tree) and tree.token[path[-1] + 1] == start + len(path):
             path.append(path[-1] + 1)
+        if len(path) > 1 and tree.source:
+            self.accepted[tree.source[1]] += len(path) - 1
         new = list(range(start + 1, start + 1 + len(path)))
         text.tokens += new
         return Outcome(text, start, tree, path, new, NO_LOGITS)  # type: ignore[arg-type]

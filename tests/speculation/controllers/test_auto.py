@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 from hasten.decoding.params import SamplingParams
 from hasten.engine.engine import Engine, EngineConfig
 from hasten.models.base import Decoder
+from hasten.speculation.base import DraftProgress
 from hasten.speculation.controllers.auto import TENANTS, Auto, AutoControl
 from hasten.speculation.controllers.fixed import Fixed
 from hasten.speculation.drafters.any import Portfolio
+from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 from tests.speculation.controllers.simulated import Lots, Simulation, Text, machine
 
@@ -163,7 +166,87 @@ def test_each_sequence_gets_the_drafter_that_suits_it() -> None:
         Auto(), texts, FREE_ROWS, drafting=Portfolio(parts, ["even", "odd"]), draft=draft
     )
     simulation.run(300)
-    assert [text.draft_state.arm for text in texts] == [0, 1, 0, 1]
+    last = simulation.control.followers
+    found = [[arm.value for arm in last[id(text)].arms] for text in texts]
+    assert [values.index(max(values)) for values in found] == [0, 1, 0, 1]
+
+
+def test_the_next_drafter_is_asked_where_the_better_one_has_nothing() -> None:
+    """One proposes seldom and is right, the other always and is right three times of four."""
+    parts = [
+        Lots(lambda k: 1e-5, random.Random(1), coverage=0.3),
+        Lots(lambda k: 1e-5, random.Random(2)),
+    ]
+    qualities = [0.98, 0.75]
+    for part, quality in zip(parts, qualities, strict=True):
+        part.quality = quality
+    card = SimpleNamespace(does=frozenset({"drafts-from-text"}))
+    draft = SimpleNamespace(of=tuple(SimpleNamespace(card=card) for _ in parts), card=card)
+
+    def speed(drafting: Any, draft: Any) -> float:
+        simulation = Simulation(
+            Auto(), [Text(lambda p: 0.0)], FREE_ROWS, drafting=drafting, draft=draft
+        )
+        simulation.run(300)
+        return simulation.run(6000)
+
+    both = speed(Portfolio(parts, ["seldom", "always"]), draft)
+    alone = [speed(part, None) for part in parts]
+    assert both > 1.15 * max(alone)
+
+
+def test_what_a_drafter_has_to_read_first_must_pay_within_the_text() -> None:
+    """A good drafter that reads long prompts slowly: used where texts are long, left alone where
+    they end before it pays."""
+
+    @dataclass
+    class Reader(Lots):
+        def propose(self, sequences: Sequence[Any], budgets: Sequence[int]) -> list[TokenTree]:
+            for text in sequences:
+                self.spent += 7e-5 * (len(text.tokens) - (text.draft_state or 0))
+                text.draft_state = len(text.tokens)
+            return super().propose(sequences, budgets)
+
+    def share(length: int) -> float:
+        parts = [Reader(lambda k: 1e-5, random.Random(1)), Lots(lambda k: 1e-5, _rng())]
+        parts[0].quality, parts[1].quality = 0.95, 0.4
+        does = (frozenset[str](), frozenset({"drafts-from-text"}))
+        of = tuple(SimpleNamespace(card=SimpleNamespace(does=d)) for d in does)
+        simulation = Simulation(
+            Auto(),
+            [],
+            FREE_ROWS,
+            drafting=Portfolio(parts, ["reader", "other"]),
+            draft=SimpleNamespace(of=of),
+        )
+        for _ in range(4000 // length):  # a prompt of 3,000 tokens: 210 ms of reading
+            text = Text(lambda p: 0.0, tokens=list(range(3000)), num_prompt=3000)
+            text.draft_state = simulation.drafting.open(text)
+            simulation.texts = [text]
+            before = simulation.accepted.copy()
+            simulation.run(length)
+            simulation.control.close(text)
+        last = simulation.accepted - before
+        return last[1] / max(1, sum(last.values()))
+
+    assert share(1000) > 0.8
+    assert share(20) < 0.2
+
+
+def test_a_draft_model_stops_where_its_chances_do_not_pay() -> None:
+    simulation = Simulation(
+        Auto(),
+        [Text(lambda p: 0.9)],
+        SLOW_ROWS,
+        does=MODEL_LIKE,
+        drafting=Lots(lambda k: 1e-5 * k, _rng()),
+    )
+    simulation.run(300)
+    control, text = simulation.control, simulation.texts[0]
+    sure = [control.should_stop(DraftProgress(text, d, 0.99)) for d in range(1, 9)]
+    assert not any(sure)
+    doubtful = [control.should_stop(DraftProgress(text, d, 0.4)) for d in range(1, 9)]
+    assert doubtful[-1] and doubtful == sorted(doubtful)
 
 
 def test_budgets_keep_to_the_room() -> None:
@@ -177,10 +260,10 @@ def test_tenants_learn_apart_and_are_bounded() -> None:
     control: AutoControl = simulation.control
     simulation.run(50)
     own = control.followers[id(simulation.texts[0])]
-    assert own.shared[0][0].asked + own.shared[0][2].asked > 0
+    assert own.arms[0].shared[0].asked + own.arms[0].shared[2].asked > 0
     for number in range(TENANTS + 5):
         other = control._follow(Text(lambda p: 0.9, tenant=f"tenant {number}"))
-        assert all(curve.asked == 0 for curve in other.shared[0])
+        assert all(curve.asked == 0 for curve in other.arms[0].shared)
     assert len(control.tenants) == TENANTS
     control.close(simulation.texts[0])
     assert not control.followers

@@ -66,18 +66,36 @@ def test_the_first_that_proposes() -> None:
     assert both.propose([sequence], [0])[0].token == [7]
 
 
-def test_the_assigned_one_alone() -> None:
-    both, _, sequence = portfolio([1], [2], [])
-    both.assign(sequence, 1)
-    assert both.propose([sequence], [5])[0].token == [7, 2]
-    both.assign(sequence, 2)
+def test_the_assigned_ones_in_their_order() -> None:
+    both, _, sequence = portfolio([1], [2, 3, 4], [])
+    both.assign(sequence, [(1, 5)])
+    assert both.propose([sequence], [5])[0].token == [7, 2, 3, 4]
+    both.assign(sequence, [(2, 5)])
     assert both.propose([sequence], [5])[0].token == [7]
+    both.take_turns()
+    both.assign(sequence, [(2, 5), (1, 2), (0, 5)])
+    assert both.propose([sequence], [5])[0].token == [7, 2, 3]  # its own budget
+    assert both.propose([sequence], [1])[0].token == [7, 2]
+    assert both.take_turns() == {id(sequence): [2, 1, 2, 1]}
+    assert both.take_turns() == {}
+
+
+def test_sequences_with_other_orders_together() -> None:
+    both, _, first = portfolio([1], [2], [])
+    second, third = (SimpleNamespace(tokens=[8], tenant="", num_prompt=1) for _ in range(2))
+    for sequence, shares in ((first, [(2, 1), (0, 1)]), (second, [(1, 1)]), (third, None)):
+        if sequence is not first:
+            sequence.draft_state = both.open(sequence)
+        if shares is not None:
+            both.assign(sequence, shares)
+    trees = both.propose([first, second, third], [1, 1, 1])
+    assert [tree.token for tree in trees] == [[7, 1], [8, 2], [8, 1]]
 
 
 def test_everybody_learns_and_nobody_takes_a_foreign_tree_for_its_own() -> None:
     both, parts, sequence = portfolio([1], [2], [3])
     both.ask(2, [sequence], [1])  # a proposal that is not verified
-    both.assign(sequence, 0)
+    both.assign(sequence, [(0, 1)])
     (tree,) = both.propose([sequence], [1])
     both.observe([outcome(sequence, tree)])
     own, other, asked = (part.told[0] for part in parts)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hasten.methods import Card, method
-from hasten.speculation.acceptance import RUNGS, Curve, Trial, worth
+from hasten.speculation.acceptance import RUNGS, Curve, Trial, Worth, presence, worth
 from hasten.speculation.base import (
     ControlContext,
     Draftable,
@@ -25,16 +26,25 @@ HEATS = 3
 TRIAL_CANDIDATES, PROBE_CANDIDATES = 4, 2
 YOUNG = 3
 """Proposals of its own below which a sequence is probed: others' texts are no proof."""
+CROWD = 2
+"""Sequences that may draft for each proposal that a drafter has made: what nobody knows yet is
+not tried by all at once."""
 PATIENCE = 8
 """Steps between two trials of a drafter that fails, or two probes of one that cannot be tried."""
 MARGIN = 0.01
 """Gain in tokens a second below which drafting is not worth its risk."""
-SWITCH = 1.2
-"""How much more another drafter must be worth than the present one."""
+TEXT = 64.0
+"""Tokens of an output before any ended: what a drafter has to read first must pay within it."""
 WORTHLESS = 0.03
 """Tokens a row below which a candidate is not even weighed."""
 TENANTS = 1024
 """Tenants whose curves are kept (about 3 KiB each and drafter); the one longest unused goes."""
+DEAR = 0.003
+"""Price of a round, as a share of a plain step, above which it is checked who pays for it."""
+TRUST = 20.0
+"""Candidates that weigh for an expectation, a draft model's or our own, before it is tested."""
+CALIBRATE = 50
+"""Steps over which what drafts brought is held against what was expected of them."""
 PLANNING = 0.01
 """Share of the time that weighing budgets may take; between two times, they stay as they are."""
 SAVED = 100
@@ -48,12 +58,15 @@ LEARN_EVERY, LEARN_OFTEN = 16, 4
 @method("auto", slot="control", exact="bitwise", does=("sets-budgets",))
 @dataclass(frozen=True)
 class Auto:
-    """Gives each sequence the drafter and the budget that make the step yield most tokens a second.
+    """Gives each sequence the drafters and the budgets that make the step yield most tokens a
+    second.
 
     What a candidate is worth is learned per sequence, leaning on the tenant's other texts; what it
-    costs is learned from the time of the steps, drafting and planning included. Where drafts do
-    not pay, it stops drafting, and goes on watching with trials: proposals that are held against
-    the text as it comes, unverified. Trials and probes take at most ``explore`` of the time.
+    costs is learned from the time of the steps, drafting and planning included. Of several
+    drafters a sequence has those that pay in the order of what their proposals are worth: the next
+    one is asked where one before it has nothing to propose. The others are watched with trials,
+    proposals that are held against the text as it comes, unverified; also where no drafts pay.
+    Trials and probes take at most ``explore`` of the time.
     """
 
     most: int = 16
@@ -70,41 +83,71 @@ class Auto:
 
 
 @dataclass(slots=True)
+class Arm:
+    """What is known of one drafter for one sequence.
+
+    Attributes:
+        curves: by heat, and ``shared`` the tenant's.
+        presence: chance that it proposes anything.
+        steps: what growing budgets of a proposal bring: (rows, tokens, budget).
+        value: what a proposal is worth at today's prices, in tokens.
+        budget: of its next proposal.
+        read: tokens of the sequence when it was last asked. It has to read what came since.
+        trial: a proposal that waits for its text.
+        tries: proposals that were counted.
+        counted: the step in which the last of them was.
+        pause: steps to wait after a trial that failed, ``until`` a step.
+    """
+
+    curves: list[Curve]
+    shared: list[Curve]
+    heat: int = 0
+    presence: float = 1.0
+    steps: Worth = field(default_factory=list)
+    value: float = 0.0
+    budget: int = 0
+    read: int = 0
+    news: bool = True
+    trial: Trial | None = None
+    tries: int = 0
+    counted: int = 0
+    pause: int = 0
+    until: int = 0
+
+
+@dataclass(slots=True)
 class Follower:
     """What is known of one sequence.
 
     Attributes:
         sequence: itself, as its drafts' state is assigned through it.
-        curves: by drafter, then heat; ``shared`` are the tenant's.
-        arm: the drafter that it has now, with ``budget`` candidates.
-        news: drafters whose curves or heat changed since they were weighed.
-        values: what each drafter is worth at today's prices, in tokens a step.
-        steps: of each drafter, what growing budgets bring: (tokens a row, rows, tokens, budget).
-        trial: a proposal that waits for its text.
-        tries: proposals of each drafter that were counted.
-        young: whether any drafter has few of them.
-        pause: steps to wait after a trial that failed, and ``rest`` what is left of them.
-        idle: steps without a proposal.
+        arms: its drafters.
+        ladder: how they are best asked.
+        shares: the drafters that are asked, in this order, with their budgets.
+        budget: the largest of these.
+        news: whether any of them changed since they were weighed.
     """
 
     sequence: Draftable
-    curves: list[list[Curve]]
-    shared: list[list[Curve]]
-    heat: list[int]
-    values: list[float]
-    steps: list[list[Step]]
-    news: set[int]
-    tries: list[int]
-    arm: int = 0
+    arms: list[Arm]
+    ladder: Ladder = field(default_factory=lambda: Ladder())
+    shares: list[tuple[int, int]] = field(default_factory=list)
     budget: int = 0
-    young: bool = True
-    trial: Trial | None = None
-    pause: int = 0
-    rest: int = 0
-    idle: int = 0
+    news: bool = True
 
 
-Step = tuple[float, float, float, int, "Follower"]
+Step = tuple[float, float, float, int, int, float, float, Follower]
+"""Tokens a row, rows, tokens; drafter, budget, depth; the chance that it is asked; whose."""
+
+
+@dataclass(slots=True)
+class Ladder:
+    """Drafters of a sequence that pay, best first; what they are worth together, in tokens; and
+    what growing budgets bring."""
+
+    order: list[int] = field(default_factory=list)
+    value: float = 0.0
+    steps: list[Step] = field(default_factory=list)
 
 
 class AutoControl:
@@ -120,11 +163,14 @@ class AutoControl:
         self.passes = PassTimes(context.max_batch_tokens)
         if context.time_step is not None:
             self.passes.look(context.time_step)
-        self.around = LinearTimes(3)  # of a step, its sequences, its candidates
-        self.drafts = [LinearTimes(3) for _ in cards]  # of a round, its depth, its sequences
+        self.around = LinearTimes((1, 1, 1))  # of a step, its sequences, its candidates
+        # of a round, its depth, its sequences, what they have to read
+        self.drafts = [LinearTimes((1, 1, 1, 100)) for _ in cards]
         self.depth_share = [1.0] * len(cards)  # depth of a tree, against its candidates
         self.followers: dict[int, Follower] = {}
         self.tenants: dict[str, list[list[Curve]]] = {}
+        self.length = TEXT
+        """Tokens of the outputs that ended, on average."""
         self.purse = 0.0
         """Seconds that may be spent on looking."""
         self._thought = 0.0
@@ -134,12 +180,21 @@ class AutoControl:
         self.steps = 0
         self._load: tuple[int, int] = (0, 0)
         self._costs: dict[int, float] = {}  # seconds of a step by rows, at the load
-        self._prices: list[tuple[float, float, float]] = []  # of the drafters
+        self._prices: list[tuple[float, float, float, float]] = []  # of the drafters
         self._asked: list[Follower] = []
         self._drafting = 0  # candidates that were asked for in this step
         self._probing: Follower | None = None  # it drafts in this step for a trial's sake
         self._probed = 0.0  # what that costs the target
         self._rate = 0.0  # tokens a second that the last plan expected
+        self._row = math.inf  # seconds of a candidate's row beside those of other sequences
+        self._least = 0.0  # what a candidate of a draft model must bring, in tokens
+        # chances that draft models give their paths: of the last candidate, of all together
+        self._hopes: dict[int, tuple[float, float]] = {}
+        self._hoped = self._kept = TRUST  # such candidates, expected and accepted
+        # tokens that budgets were chosen for, and those that came: the best of many estimates is
+        # too good on average
+        self._awaited = self._gained = TRUST
+        self._await = 0.0
 
     # ---- planning ---------------------------------------------------------------------------
 
@@ -171,112 +226,174 @@ class AutoControl:
             for follower, budget in zip(asked, budgets, strict=True):
                 follower.budget = budget
         if self.purse > 0:
-            place = self.steps % len(asked)
-            follower = asked[place]
-            if not follower.budget and (follower.young or follower.idle >= PATIENCE):
-                self._probe(load, budgets, place)
+            self._probe(load, budgets, self.steps % len(asked))
         self._drafting = sum(budgets)
         return budgets
 
     def _follow(self, sequence: Draftable) -> Follower:
-        arms = range(len(self.drafts))
         shared = self.tenants.pop(sequence.tenant, None)
         if shared is None:
-            shared = [[Curve(SHARED) for _ in range(HEATS)] for _ in arms]
+            shared = [[Curve(SHARED) for _ in range(HEATS)] for _ in self.drafts]
             if len(self.tenants) >= TENANTS:
                 del self.tenants[next(iter(self.tenants))]
         self.tenants[sequence.tenant] = shared  # now the latest
-        curves = [[Curve(OWN) for _ in range(HEATS)] for _ in arms]
-        return Follower(
-            sequence,
-            curves,
-            shared,
-            [0 for _ in arms],
-            [0.0 for _ in arms],
-            [[] for _ in arms],
-            set(arms),
-            [0 for _ in arms],
-        )
+        return Follower(sequence, [Arm([Curve(OWN) for _ in range(HEATS)], s) for s in shared])
 
     def _choose(self, load: Load) -> None:
-        """Raise budgets in the order of their worth a row, and keep the best point on the way."""
+        """Drafters and budgets for this step, with and without what is shared by several."""
         if not self.passes.known:  # no look was possible: the first steps run plain
             return
-        taken = load.rows_taken
-        plain = self._seconds(load, taken)
-        steps: list[Step] = []
-        for follower in self._asked:
+        plain = self._seconds(load, load.rows_taken)
+        for place, follower in enumerate(self._asked):
             if follower.news:
-                self._weigh(follower, load, plain)
-            follower.budget = 0
-            steps += follower.steps[follower.arm]
-        if len(self._asked) > 1:
+                self._weigh(follower, place, load, plain)
+        ladders = [follower.ladder for follower in self._asked]
+        self._rate, steps = self._allocate(ladders, load, plain)
+        if len(self.drafts) > 1 and load.decoding > 1:
+            # a round's price was shared by all, but perhaps too few want it to pay for it
+            for barred in sorted({step[3] for step in steps}):
+                if self._prices[barred][0] + self._prices[barred][1] > DEAR * plain:
+                    without = [self._ladder(f, load, barred) for f in self._asked]
+                    rate, fewer = self._allocate(without, load, plain)
+                    if rate > self._rate:
+                        self._rate, steps, ladders = rate, fewer, without
+        self._allot(steps, ladders)
+        self._await = sum(step[2] for step in steps)
+        more = sum(step[1] for step in steps)
+        seconds = self._seconds(load, load.rows_taken + more)
+        row = self._seconds(load, load.rows_taken + more + 1) - seconds
+        # alone, a sequence pays for its rows what they cost behind its own
+        shared = load.decoding > 1 and more > 0
+        self._row = (seconds - plain) / more if shared else math.inf
+        prices = [p[1] for p, trial in zip(self._prices, self.by_trial, strict=True) if not trial]
+        self._least = self._rate * (row + min(prices, default=0.0) / load.decoding)
+
+    def _allocate(
+        self, ladders: list[Ladder], load: Load, plain: float
+    ) -> tuple[float, list[Step]]:
+        """Raise budgets in the order of their worth a row, and keep the best point on the way;
+        returns the tokens a second that are expected there."""
+        steps = [step for ladder in ladders for step in ladder.steps]
+        if len(ladders) > 1:
             steps.sort(key=_density, reverse=True)
-        tokens, more, drafting = float(load.decoding), 0.0, 0.0
-        rate = best = tokens / plain * (1 + MARGIN)
+        taken, decoding = load.rows_taken, load.decoding
+        tokens, more, drafting = float(decoding), 0.0, 0.0
+        best = tokens / plain * (1 + MARGIN)
         best_at = -1
         deepest = [0.0] * len(self.drafts)
         left = load.rows_left
         held: dict[int, int] = {}
-        for at, (_, rows, gain, budget, follower) in enumerate(steps):
+        for at, (_, rows, gain, arm, budget, depth, chance, follower) in enumerate(steps):
             had = held.get(id(follower), 0)
-            left -= budget - had
-            if left < 0:
-                break
-            held[id(follower)] = budget
+            if budget > had:  # one of its drafters will use the rows
+                left -= budget - had
+                if left < 0:
+                    break
+                held[id(follower)] = budget
             tokens += gain
             more += rows
-            arm = follower.arm
-            price, depth = self._prices[arm], budget * self.depth_share[arm]
-            if depth > deepest[arm]:
-                drafting += price[1] * (depth - deepest[arm])
+            price = self._prices[arm]
+            drafting += price[3] * gain
+            if depth > deepest[arm]:  # a round is shared by those who draft in it
+                drafting += min(1.0, chance * decoding) * price[1] * (depth - deepest[arm])
                 if not deepest[arm]:
-                    drafting += price[0]
+                    drafting += min(1.0, chance * decoding) * price[0]
                 deepest[arm] = depth
-            if not had:
-                drafting += price[2]
+            if budget == follower.arms[arm].steps[0][2]:
+                drafting += chance * (price[2] + price[3])
             rate = tokens / (self._seconds(load, taken + more) + drafting)
             if rate > best:
                 best, best_at = rate, at
-        for _, _, _, budget, follower in steps[: best_at + 1]:
-            follower.budget = budget
-        self._rate = best
+        return best, steps[: best_at + 1]
 
-    def _weigh(self, follower: Follower, load: Load, plain: float) -> None:
-        """What a sequence's drafters are worth, and the one that is best at today's prices."""
-        rate = max(self._rate, load.decoding / plain)
-        most, taken = self.method.most, load.rows_taken
-        for arm in follower.news:
-            heat = follower.heat[arm]
-            found = worth(follower.curves[arm][heat], follower.shared[arm][heat], most)
-            follower.steps[arm] = [
-                (gain / rows, rows, gain, budget, follower)
-                for rows, gain, budget in found
-                if gain > WORTHLESS * rows
-            ]
-            if len(self.drafts) == 1:
-                break
-            tokens, more, value = 0.0, 0.0, 0.0
-            price = self._prices[arm]
-            for _, rows, gain, budget, _ in follower.steps[arm]:
-                tokens, more = tokens + gain, more + rows
-                cost = self._seconds(load, taken + more) - plain + price[2]
-                # a round is shared by the sequences that draft in it
-                cost += (price[0] + price[1] * budget * self.depth_share[arm]) / load.decoding
-                value = max(value, tokens - rate * cost)
-            follower.values[arm] = value
-        follower.news.clear()
+    def _allot(self, steps: list[Step], ladders: list[Ladder]) -> None:
+        for follower in self._asked:
+            follower.budget = 0
+            for arm in follower.arms:
+                arm.budget = 0
+        for _, _, _, at, budget, _, _, follower in steps:
+            follower.arms[at].budget = budget
+            follower.budget = max(follower.budget, budget)
         if len(self.drafts) > 1:
-            values = follower.values
-            best = max(values)
-            if best > SWITCH * values[follower.arm]:
-                self._assign(follower, values.index(best))
+            for follower, ladder in zip(self._asked, ladders, strict=True):
+                shares = [(at, follower.arms[at].budget) for at in ladder.order]
+                shares = [(at, budget) for at, budget in shares if budget]
+                follower.shares = shares
+                self._assign(follower, shares)
 
-    def _assign(self, follower: Follower, arm: int) -> None:
-        follower.arm = arm
-        drafting = self.context.drafting()
-        if isinstance(drafting, Portfolio):
-            drafting.assign(follower.sequence, arm)
+    def _weigh(self, follower: Follower, place: int, load: Load, plain: float) -> None:
+        """What a sequence's drafters are worth at today's prices."""
+        rate = max(self._rate, load.decoding / plain)
+        follower.news = False
+        for at, arm in enumerate(follower.arms):
+            if place > CROWD * sum(curve.asked for curve in arm.shared):
+                arm.steps, arm.value, arm.presence = [], 0.0, 0.0
+                arm.news = follower.news = True
+                continue
+            if arm.news:
+                own, shared = arm.curves[arm.heat], arm.shared[arm.heat]
+                arm.presence = presence(own, shared)
+                luck = min(1.0, self._gained / self._awaited)
+                arm.steps = [
+                    (rows, gain * luck, budget)
+                    for rows, gain, budget in worth(own, shared, self.method.most)
+                    if gain > WORTHLESS * rows
+                ]
+                arm.news = False
+            if len(follower.arms) > 1:
+                arm.value = self._value(follower, at, load, plain, rate)
+        follower.ladder = self._ladder(follower, load)
+
+    def _ladder(self, follower: Follower, load: Load, barred: int = -1) -> Ladder:
+        """The drafters of a sequence that pay, best first."""
+        arms, ladder = follower.arms, Ladder()
+        if len(arms) == 1:
+            ladder.order = [0]
+        else:
+            for at in sorted(range(len(arms)), key=lambda at: arms[at].value):
+                if at == barred:
+                    continue
+                # worth asking before the better of those so far?
+                chance, price = arms[at].presence, self._prices[at]
+                in_vain = self._rate * (price[0] / load.decoding + price[2])
+                value = chance * arms[at].value + (1 - chance) * (ladder.value - in_vain)
+                if value > ladder.value:
+                    ladder.value = value
+                    ladder.order.insert(0, at)
+        chance = 1.0
+        for at in ladder.order:
+            found = chance * arms[at].presence
+            depth = 0.0
+            for rows, gain, budget in arms[at].steps:
+                depth += rows * self.depth_share[at]
+                ladder.steps.append(
+                    (gain / rows, rows * found, gain * found, at, budget, depth, chance, follower)
+                )
+            chance -= found
+        if len(ladder.order) > 1:
+            ladder.steps.sort(key=_density, reverse=True)
+        return ladder
+
+    def _value(self, follower: Follower, arm: int, load: Load, plain: float, rate: float) -> float:
+        """Tokens that a proposal brings, less those that could be had in the time it takes."""
+        state, price, sequence = follower.arms[arm], self._prices[arm], follower.sequence
+        written = len(sequence.tokens) - sequence.num_prompt
+        left = max(self.length - written, self.length / 4)
+        # each token is read once; what it missed is paid for by the tokens to come
+        reading = price[3] * (1 + (len(sequence.tokens) - state.read) / left)
+        tokens, more, best = 0.0, 0.0, 0.0
+        for rows, gain, _ in state.steps:
+            tokens, more = tokens + gain, more + rows
+            cost = min(self._seconds(load, load.rows_taken + more) - plain, more * self._row)
+            cost += price[2] + (price[0] + price[1] * more * self.depth_share[arm]) / load.decoding
+            cost += reading * (1 + tokens)
+            best = max(best, tokens - rate * cost)
+        return best
+
+    def _assign(self, follower: Follower, shares: list[tuple[int, int]]) -> None:
+        drafting, sequence = self.context.drafting(), follower.sequence
+        if isinstance(drafting, Portfolio) and sequence.draft_state is not None:  # it has not ended
+            drafting.assign(sequence, shares)
 
     def _seconds(self, load: Load, rows: float) -> float:
         """Of a step without its drafting."""
@@ -301,38 +418,46 @@ class AutoControl:
         return cost
 
     def _probe(self, load: Load, budgets: list[int], place: int) -> None:
-        """Draft for a sequence that does not, if what that costs is in the purse.
+        """Let a drafter propose that is not asked, if what that costs is in the purse.
 
-        A young sequence, whatever other texts say of its drafter, and drafters that trials cannot
-        watch without harm.
+        One that a sequence has hardly tried, whatever other texts say of it, and those that trials
+        cannot watch without harm.
         """
         follower = self._asked[place]
         budget = min(PROBE_CANDIDATES, load.rows_left - sum(budgets), self.method.most)
         if budget < 1 or not self.passes.known:
             return
-        tries = follower.tries
+        sleeps = not follower.budget
         arms = [
-            arm
-            for arm, trial in enumerate(self.by_trial)
-            if tries[arm] < YOUNG or (not trial and follower.idle >= PATIENCE)
+            at
+            for at, (arm, trial) in enumerate(zip(follower.arms, self.by_trial, strict=True))
+            if not arm.budget
+            and (sleeps or not trial)
+            and (arm.tries < YOUNG or (not trial and self.steps - arm.counted >= PATIENCE))
         ]
         if not arms:
             return
-        arm = min(arms, key=tries.__getitem__)
+        at = min(arms, key=lambda at: follower.arms[at].tries)
+        arm, price = follower.arms[at], self._prices[at]
         taken = load.rows_taken + sum(budgets)
         cost = self._seconds(load, taken + budget) - self._seconds(load, taken)
-        price = self._prices[arm]
-        drafting = price[0] + price[1] * budget * self.depth_share[arm] + price[2]
+        drafting = price[0] + price[1] * budget * self.depth_share[at] + price[2]
+        drafting += price[3] * (len(follower.sequence.tokens) - arm.read)
+        if not sleeps and self._rate:  # what the others would have brought
+            drafting += follower.ladder.value / self._rate
         if cost + drafting <= self.purse:
             self.purse -= cost + drafting
             self._probing, self._probed = follower, cost
-            if follower.arm != arm:
-                self._assign(follower, arm)
+            self._assign(follower, [(at, budget)])
             budgets[place] = budget
-            follower.news.add(arm)
 
     def should_stop(self, progress: DraftProgress) -> bool:
-        return False
+        """Whether the next candidate is worth less than its step of the draft and its row."""
+        key, depth = id(progress.sequence), progress.depth
+        hope, hopes = self._hopes.get(key, (1.0, 0.0)) if depth > 1 else (1.0, 0.0)
+        hope *= progress.probability
+        self._hopes[key] = hope, hopes + hope
+        return float(hope ** (1 + 1 / depth)) * self._kept / self._hoped < self._least
 
     # ---- learning ---------------------------------------------------------------------------
 
@@ -351,6 +476,11 @@ class AutoControl:
         self.purse = min(self.purse + share, max(self.purse, SAVED * share))
         share = PLANNING * seconds
         self._spare = min(self._spare + share, max(self._spare, SAVED * share))
+        self._awaited += (TRUST - self._awaited) / CALIBRATE
+        self._gained += (TRUST - self._gained) / CALIBRATE
+        if self._await and self._probing is None:
+            self._awaited += self._await
+            self._gained += sum(len(o.path) - 1 for o in report.outcomes)
         if self._drafting:
             self._learn_drafts(report)
         often = LEARN_OFTEN if report.candidates else LEARN_EVERY
@@ -360,26 +490,14 @@ class AutoControl:
         for outcome in report.outcomes:
             follower = followers.get(id(outcome.sequence))
             if follower is not None:
-                follower.idle += 1
-                trial = follower.trial
-                if trial is None:
-                    follower.rest -= follower.rest > 0
-                elif trial.advance(outcome.sequence.tokens):
-                    follower.trial = None
-                    self._pause(follower, len(trial.accepted) > 0)
-                    self._count(
-                        follower,
-                        trial.arm,
-                        trial.heat,
-                        trial.budget,
-                        len(trial.tree) - 1,
-                        trial.accepted,
-                    )
+                for arm in follower.arms:
+                    if arm.trial is not None and arm.trial.advance(outcome.sequence.tokens):
+                        self._judge(follower, arm, arm.trial)
         if self.purse > 0 and report.outcomes:
             outcome = report.outcomes[self.steps % len(report.outcomes)]
             follower = followers.get(id(outcome.sequence))
-            if follower is not None and follower.trial is None and not follower.rest:
-                self._try(follower, self.steps // len(report.outcomes))
+            if follower is not None:
+                self._try(follower)
 
     def _learn_times(self, report: StepReport) -> None:
         load = report.load
@@ -392,89 +510,106 @@ class AutoControl:
     def _learn_drafts(self, report: StepReport) -> None:
         """Count proposals, and what drafting took."""
         arms = len(self.drafts)
-        asked, deepest = [0] * arms, [0] * arms
+        asked, deepest, reading = [0] * arms, [0] * arms, [0] * arms
+        drafting = self.context.drafting()
+        turns = drafting.take_turns() if isinstance(drafting, Portfolio) else None
         for outcome in report.outcomes:
             follower = self.followers.get(id(outcome.sequence))
             if follower is None:
                 continue
-            arm, tree = follower.arm, outcome.tree
-            count = len(tree) - 1
-            budget = follower.budget
-            if follower is self._probing:
-                budget = PROBE_CANDIDATES
-            elif not budget:
-                continue
-            asked[arm] += 1
-            if count:
-                depth = tree.depth[-1]
-                deepest[arm] = max(deepest[arm], depth)
-                self.depth_share[arm] += 0.05 * (depth / count - self.depth_share[arm])
-            self._count(
-                follower, arm, follower.heat[arm], max(budget, count), count, outcome.path[1:]
-            )
-            follower.idle = 0
+            tree, probing = outcome.tree, follower is self._probing
+            if (hopes := self._hopes.pop(id(outcome.sequence), None)) is not None:
+                self._hoped += hopes[1] - 0.02 * self._hoped
+                self._kept += len(outcome.path) - 1 - 0.02 * self._kept
+            if turns is not None:
+                places = turns.get(id(outcome.sequence), [])
+            else:
+                places = [0] if follower.budget or probing else []
+            for at in places:
+                arm = follower.arms[at]
+                # the last one asked is the one that proposed, if any did
+                count = len(tree) - 1 if at == places[-1] else 0
+                budget = PROBE_CANDIDATES if probing else min(arm.budget, follower.budget)
+                asked[at] += 1
+                reading[at] += outcome.start + 1 - arm.read
+                arm.read = outcome.start + 1
+                if count:
+                    depth = tree.depth[-1]
+                    deepest[at] = max(deepest[at], depth)
+                    self.depth_share[at] += 0.05 * (depth / count - self.depth_share[at])
+                accepted = outcome.path[1:] if count else []
+                self._count(follower, arm, arm.heat, max(budget, count), count, accepted)
         if self._probing is not None:
+            self._assign(self._probing, self._probing.shares)
             if not report.candidates:
                 self.purse += self._probed  # nothing was verified
             self._probing = None
-        drafting = self.context.drafting()
-        for arm, times in enumerate(self.drafts):
-            if asked[arm] and (times.seen < REFRESH or not self.steps % LEARN_OFTEN):
+        for at, times in enumerate(self.drafts):
+            if asked[at] and (times.seen < REFRESH or not self.steps % LEARN_OFTEN):
                 seconds = report.draft_seconds
                 if isinstance(drafting, Portfolio):
-                    seconds = drafting.seconds[arm]
-                times.observe((1, deepest[arm], asked[arm]), seconds + self._thought)
+                    seconds = drafting.seconds[at]
+                terms = (1, deepest[at], asked[at], reading[at])
+                times.observe(terms, seconds + self._thought)
+                self._thought = 0.0
         self._thought = 0.0
 
     def _count(
         self,
         follower: Follower,
-        arm: int,
+        arm: Arm,
         heat: int,
         budget: int,
         candidates: int,
         accepted: list[int],
     ) -> None:
-        follower.curves[arm][heat].observe(budget, candidates, accepted)
-        follower.shared[arm][heat].observe(budget, candidates, accepted)
+        arm.curves[heat].observe(budget, candidates, accepted)
+        arm.shared[heat].observe(budget, candidates, accepted)
         if candidates:
-            heat = 0 if not accepted else 2 if accepted[-1] == candidates else 1
-            follower.heat[arm] = heat
-        follower.tries[arm] += 1
-        if follower.young and min(follower.tries) >= YOUNG:
-            follower.young = False
+            arm.heat = 0 if not accepted else 2 if accepted[-1] == candidates else 1
+        arm.tries += 1
+        arm.counted = self.steps
         if follower.budget or accepted:  # who sleeps is not woken by failure
-            follower.news.add(arm)
+            arm.news = follower.news = True
 
-    def _try(self, follower: Follower, turn: int) -> None:
-        """Begin a trial of a drafter that a sequence does not use now, and pay for it."""
-        used = follower.arm if follower.budget else None
-        arms = [arm for arm, trial in enumerate(self.by_trial) if trial and arm != used]
-        if not arms:
-            return
-        arm, sequence = arms[turn % len(arms)], follower.sequence
+    def _try(self, follower: Follower) -> None:
+        """Begin trials of drafters that did not propose now, and pay for them."""
+        drafting, sequence = self.context.drafting(), follower.sequence
         budget = min(TRIAL_CANDIDATES, self.method.most)
-        began = self.clock()
-        drafting = self.context.drafting()
-        if isinstance(drafting, Portfolio):
-            (tree,) = drafting.ask(arm, [sequence], [budget])
-        else:
-            (tree,) = drafting.propose([sequence], [budget])
-        heat = follower.heat[arm]
-        if len(tree) > 1:
-            follower.trial = Trial(arm, heat, budget, tree, len(sequence.tokens))
-        else:
-            self._count(follower, arm, heat, budget, 0, [])
-            self._pause(follower, False)
-        self.purse -= self.clock() - began
+        for at, arm in enumerate(follower.arms):
+            if not self.by_trial[at] or arm.trial is not None or self.steps < arm.until:
+                continue
+            if arm.counted == self.steps or self.purse <= 0:
+                continue
+            began = self.clock()
+            if isinstance(drafting, Portfolio):
+                (tree,) = drafting.ask(at, [sequence], [budget])
+            else:
+                (tree,) = drafting.propose([sequence], [budget])
+            arm.read = len(sequence.tokens)
+            if len(tree) > 1:
+                arm.trial = Trial(arm.heat, budget, tree, len(sequence.tokens))
+            else:
+                self._count(follower, arm, arm.heat, budget, 0, [])
+                self._pause(arm, False)
+            self.purse -= self.clock() - began
 
-    def _pause(self, follower: Follower, success: bool) -> None:
-        follower.pause = 0 if success else min(2 * follower.pause + 1, PATIENCE)
-        follower.rest = follower.pause
+    def _judge(self, follower: Follower, arm: Arm, trial: Trial) -> None:
+        """Count a trial that is decided."""
+        arm.trial = None
+        self._pause(arm, len(trial.accepted) > 0)
+        candidates = len(trial.tree) - 1
+        self._count(follower, arm, trial.heat, trial.budget, candidates, trial.accepted)
+
+    def _pause(self, arm: Arm, success: bool) -> None:
+        arm.pause = 0 if success else min(2 * arm.pause + 1, PATIENCE)
+        arm.until = self.steps + arm.pause
 
     def close(self, sequence: Draftable) -> None:
-        self.followers.pop(id(sequence), None)
+        if self.followers.pop(id(sequence), None) is not None:
+            written = len(sequence.tokens) - sequence.num_prompt
+            self.length += 0.1 * (written - self.length)
 
 
-def _density(step: tuple[float, float, float, int, Follower]) -> float:
+def _density(step: Step) -> float:
     return step[0]

@@ -101,8 +101,8 @@ class SmartSpecControl:
     method: SmartSpec
     passes: PassTimes
     rate: Rate
-    drafts: LinearTimes = field(default_factory=lambda: LinearTimes(3))
-    around: LinearTimes = field(default_factory=lambda: LinearTimes(3))
+    drafts: LinearTimes = field(default_factory=lambda: LinearTimes((1, 1, 1)))
+    around: LinearTimes = field(default_factory=lambda: LinearTimes((1, 1, 1)))
     own: dict[int, Rate] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
     length: int = 0

@@ -24,7 +24,7 @@ from hasten.speculation.tree import TokenTree
 class AnyOf:
     """A portfolio, ``any(of=prompt-lookup|model)``: the controller picks who drafts, per sequence.
 
-    With ``control=auto`` each sequence gets the drafter that gains it most time. With a controller
+    With ``control=auto`` each sequence gets the drafters that gain it most time. With a controller
     that does not pick, the first of them that proposes something does. All of them learn from all
     tokens, whoever proposed. By default long and short matches of prompt lookup.
     """
@@ -43,11 +43,11 @@ class AnyOf:
 
 @dataclass(slots=True)
 class Parts:
-    """State of a sequence: its view for each drafter, and who drafts (None = the first that
-    proposes something)."""
+    """State of a sequence: its view for each drafter, and who drafts."""
 
     views: list[PartView]
-    arm: int | None = None
+    shares: Sequence[tuple[int, int]] | None = None
+    """Drafters in the order in which they are asked, and their budgets; None = all of them."""
     open: int = 0
     """Drafters, as bits, whose last proposal has not been settled by an outcome."""
 
@@ -58,8 +58,10 @@ class Portfolio:
     def __init__(self, parts: Sequence[Drafting], names: Sequence[str]) -> None:
         self.parts = list(parts)
         self.sources = list(names)
+        self.clock = time.perf_counter
         self.seconds = [0.0] * len(self.parts)
-        """Time that each drafter took in the last ``propose``."""
+        """Time that each drafter took since the last ``propose`` began."""
+        self._turns: dict[int, list[int]] = {}
 
     @property
     def capture(self) -> Sequence[int]:
@@ -72,37 +74,54 @@ class Portfolio:
             view.draft_state = part.open(view)
         return Parts(views)
 
-    def assign(self, sequence: Draftable, arm: int) -> None:
-        """Let one drafter propose for a sequence from now on."""
-        sequence.draft_state.arm = arm
+    def assign(self, sequence: Draftable, shares: Sequence[tuple[int, int]]) -> None:
+        """From now on, let these drafters propose for a sequence: (drafter, budget), each where
+        those before it have nothing."""
+        sequence.draft_state.shares = shares
 
     def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
         trees = [TokenTree.root(s.tokens[-1]) for s in sequences]
-        for arm in range(len(self.parts)):
-            self.seconds[arm] = 0.0
-            asked = [
-                i
-                for i, (s, budget) in enumerate(zip(sequences, budgets, strict=True))
-                if budget and len(trees[i]) == 1 and s.draft_state.arm in (None, arm)
-            ]
-            if asked:
-                found = self.ask(arm, [sequences[i] for i in asked], [budgets[i] for i in asked])
-                for i, tree in zip(asked, found, strict=True):
+        self.seconds = [0.0] * len(self.parts)
+        everyone = [(arm, max(budgets)) for arm in range(len(self.parts))]
+        without = [i for i, budget in enumerate(budgets) if budget]
+        for turn in range(len(self.parts)):
+            asked: dict[int, list[tuple[int, int]]] = {}  # by drafter: places and budgets
+            for i in without:
+                shares = sequences[i].draft_state.shares
+                if shares is None:
+                    shares = everyone
+                if turn < len(shares):
+                    arm, budget = shares[turn]
+                    asked.setdefault(arm, []).append((i, min(budget, budgets[i])))
+            without = []
+            for arm, places in asked.items():
+                found = self.ask(arm, [sequences[i] for i, _ in places], [b for _, b in places])
+                for (i, _), tree in zip(places, found, strict=True):
+                    self._turns.setdefault(id(sequences[i]), []).append(arm)
                     trees[i] = tree
+                    if len(tree) == 1:
+                        without.append(i)
+            if not without:
+                break
         return trees
+
+    def take_turns(self) -> dict[int, list[int]]:
+        """Who was asked for each sequence (by its ``id``) since this was last called."""
+        turns, self._turns = self._turns, {}
+        return turns
 
     def ask(
         self, arm: int, sequences: Sequence[Draftable], budgets: Sequence[int]
     ) -> list[TokenTree]:
         """What one of the drafters proposes, whoever is assigned."""
-        began = time.perf_counter()
+        began = self.clock()
         views = [s.draft_state.views[arm] for s in sequences]
         trees = self.parts[arm].propose(views, budgets)
         for sequence, tree in zip(sequences, trees, strict=True):
             if len(tree) > 1:
                 tree.source = [0] + [1 << arm] * (len(tree) - 1)
                 sequence.draft_state.open |= 1 << arm
-        self.seconds[arm] = time.perf_counter() - began
+        self.seconds[arm] += self.clock() - began
         return trees
 
     def absorb(self, chunks: Sequence[Computed]) -> None:
