@@ -17,15 +17,24 @@ from hasten.models.base import Decoder
 from hasten.speculation.base import DraftProgress
 from hasten.speculation.controllers.auto import TENANTS, Auto, AutoControl
 from hasten.speculation.controllers.fixed import Fixed
-from hasten.speculation.drafters.any import Portfolio
+from hasten.speculation.drafters.any import AnyOf, Portfolio
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 from tests.speculation.controllers.simulated import Lots, Simulation, Text, machine
 
 SLOW_ROWS = machine(3e-4, 1.5e-4)
 FREE_ROWS = machine(1e-2, 1e-3, free=16)
+FROM_TEXT = frozenset({"drafts-from-text"})
 MODEL_LIKE: frozenset[str] = frozenset()
 """What a drafter does that may not be asked for trials."""
+
+
+def any_of(*does: frozenset[str]) -> AnyOf:
+    """A portfolio of simulated drafters, of which only their cards count."""
+    draft = object.__new__(AnyOf)
+    parts = tuple(SimpleNamespace(card=SimpleNamespace(does=d)) for d in does)
+    object.__setattr__(draft, "of", parts)
+    return draft
 
 
 def rate(
@@ -58,7 +67,7 @@ def test_near_the_best_fixed_budget(
     assert rate(Auto(), quality, pass_seconds, batch, tokens) > 0.9 * max(fixed)
 
 
-@pytest.mark.parametrize("does", [frozenset({"drafts-from-text"}), MODEL_LIKE])
+@pytest.mark.parametrize("does", [FROM_TEXT, MODEL_LIKE])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_useless_drafts_cost_little(batch: int, does: frozenset[str]) -> None:
     def never(position: int) -> float:
@@ -69,7 +78,7 @@ def test_useless_drafts_cost_little(batch: int, does: frozenset[str]) -> None:
     assert rate(Auto(), never, SLOW_ROWS, batch, tokens, does=does) > 0.97 * off
 
 
-@pytest.mark.parametrize("does", [frozenset({"drafts-from-text"}), MODEL_LIKE])
+@pytest.mark.parametrize("does", [FROM_TEXT, MODEL_LIKE])
 def test_it_wakes_when_drafts_become_good(does: frozenset[str]) -> None:
     def turn(position: int) -> float:
         return 0.0 if position < 1500 else 0.97
@@ -86,7 +95,7 @@ def test_it_wakes_when_drafts_become_good(does: frozenset[str]) -> None:
     assert (auto.candidates - before) / (auto.tokens - had) > 0.5
 
 
-@pytest.mark.parametrize("does", [frozenset({"drafts-from-text"}), MODEL_LIKE])
+@pytest.mark.parametrize("does", [FROM_TEXT, MODEL_LIKE])
 @pytest.mark.parametrize("planning", [0.0, 3e-5])
 def test_a_good_text_after_many_useless_ones(does: frozenset[str], planning: float) -> None:
     """Also where weighing budgets takes a tenth of a step: it is soon known what is best."""
@@ -157,8 +166,7 @@ def test_each_sequence_gets_the_drafter_that_suits_it() -> None:
             return tree
 
     parts = [Picky(lambda k: 1e-5, random.Random(i), which=i) for i in range(2)]
-    card = SimpleNamespace(does=frozenset({"drafts-from-text"}))
-    draft = SimpleNamespace(of=tuple(SimpleNamespace(card=card) for _ in parts), card=card)
+    draft = any_of(FROM_TEXT, FROM_TEXT)
     texts = [Text(lambda position: 0.0) for _ in range(4)]
     for number, text in enumerate(texts):
         text.number = number  # type: ignore[attr-defined]
@@ -180,8 +188,7 @@ def test_the_next_drafter_is_asked_where_the_better_one_has_nothing() -> None:
     qualities = [0.98, 0.75]
     for part, quality in zip(parts, qualities, strict=True):
         part.quality = quality
-    card = SimpleNamespace(does=frozenset({"drafts-from-text"}))
-    draft = SimpleNamespace(of=tuple(SimpleNamespace(card=card) for _ in parts), card=card)
+    draft = any_of(FROM_TEXT, FROM_TEXT)
 
     def speed(drafting: Any, draft: Any) -> float:
         simulation = Simulation(
@@ -210,14 +217,12 @@ def test_what_a_drafter_has_to_read_first_must_pay_within_the_text() -> None:
     def share(length: int) -> float:
         parts = [Reader(lambda k: 1e-5, random.Random(1)), Lots(lambda k: 1e-5, _rng())]
         parts[0].quality, parts[1].quality = 0.95, 0.4
-        does = (frozenset[str](), frozenset({"drafts-from-text"}))
-        of = tuple(SimpleNamespace(card=SimpleNamespace(does=d)) for d in does)
         simulation = Simulation(
             Auto(),
             [],
             FREE_ROWS,
             drafting=Portfolio(parts, ["reader", "other"]),
-            draft=SimpleNamespace(of=of),
+            draft=any_of(MODEL_LIKE, FROM_TEXT),
         )
         for _ in range(4000 // length):  # a prompt of 3,000 tokens: 210 ms of reading
             text = Text(lambda p: 0.0, tokens=list(range(3000)), num_prompt=3000)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hasten.methods import Card, method
 from hasten.speculation.acceptance import RUNGS, Curve, Trial, Worth, presence, worth
@@ -16,7 +17,7 @@ from hasten.speculation.base import (
     Load,
     StepReport,
 )
-from hasten.speculation.drafters.any import Portfolio
+from hasten.speculation.drafters.any import AnyOf, Portfolio
 from hasten.speculation.latency import LinearTimes, PassTimes
 
 OWN, SHARED = 0.96, 0.98
@@ -157,8 +158,9 @@ class AutoControl:
         self.method = method
         self.context = context
         self.clock = time.perf_counter
-        of = getattr(context.draft, "of", None)
-        cards: list[Card] = [part.card for part in of or (context.draft,)]
+        draft: Any = context.draft
+        arms: tuple[Any, ...] = draft.of if isinstance(draft, AnyOf) else (draft,)
+        cards: list[Card] = [arm.card for arm in arms]
         self.by_trial = ["drafts-from-text" in card.does for card in cards]
         self.passes = PassTimes(context.max_batch_tokens)
         if context.time_step is not None:
