@@ -59,8 +59,7 @@ LEARN_EVERY, LEARN_OFTEN = 16, 4
 @method("auto", slot="control", exact="bitwise", does=("sets-budgets",))
 @dataclass(frozen=True)
 class Auto:
-    """Gives each sequence the drafters and the budgets that make the step yield most tokens a
-    second.
+    """Gives each sequence the drafters and budgets that make a step yield most tokens a second.
 
     What a candidate is worth is learned per sequence, leaning on the tenant's other texts; what it
     costs is learned from the time of the steps, drafting and planning included. Of several

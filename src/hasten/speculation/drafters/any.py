@@ -81,7 +81,7 @@ class Portfolio:
 
     def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
         trees = [TokenTree.root(s.tokens[-1]) for s in sequences]
-        self.seconds = [0.0] * len(self.parts)
+        self.seconds, self._turns = [0.0] * len(self.parts), {}
         everyone = [(arm, max(budgets)) for arm in range(len(self.parts))]
         without = [i for i, budget in enumerate(budgets) if budget]
         for turn in range(len(self.parts)):
@@ -106,7 +106,7 @@ class Portfolio:
         return trees
 
     def take_turns(self) -> dict[int, list[int]]:
-        """Who was asked for each sequence (by its ``id``) since this was last called."""
+        """Who was asked for each sequence (by its ``id``) in the last ``propose``, told once."""
         turns, self._turns = self._turns, {}
         return turns
 
