@@ -108,6 +108,10 @@ PARAMETERS: Needed = {
     "specdec++": lambda folder: f"head={tiny_head(folder)}",
     "del": lambda folder: "k=5",
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",
+    "nested": lambda folder: (
+        f"of=fuse(of=prompt-lookup(max_ngram=1)|token-recycling),path={tiny_draft(folder)},"
+        "k=5,width=3"
+    ),
 }
 """Method name -> parameters, given a folder for files."""
 
