@@ -32,6 +32,7 @@ CLAIMS = {
     "fastdraft": [],
     "s2d": [],
     "dynamic_exit": [],
+    "tree_calibration": [],
 }
 """Scripts that run without further files, with their arguments."""
 

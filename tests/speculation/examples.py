@@ -28,27 +28,27 @@ Needed = dict[str, Callable[[Path], str]]
 
 
 @cache
-def tiny_draft(folder: Path) -> Path:
-    """A Llama with ``VOCAB`` ids that often agrees with ``tiny("llama")``: the same random weights
+def tiny_draft(folder: Path, vocab: int = VOCAB) -> Path:
+    """A Llama with ``vocab`` ids that often agrees with ``tiny("llama")``: the same random weights
     with some noise."""
     out = folder / "draft"
     out.mkdir(exist_ok=True)
-    (out / "config.json").write_text(json.dumps(FACTS))
-    save_file(dict(_weights()), out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps({**FACTS, "vocab_size": vocab}))
+    save_file(dict(_weights(vocab)), out / "model.safetensors")
     return out
 
 
 FACTS = tiny_facts("llama", intermediate_size=64, max_position_embeddings=512).values
 
 
-def _weights() -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(vocab: int) -> Iterator[tuple[str, torch.Tensor]]:
     random, noise = RandomWeights(0, 0.25), RandomWeights(1, 0.02)
     hidden, inner = FACTS["hidden_size"], FACTS["intermediate_size"]
     heads, kv_heads = FACTS["num_attention_heads"], FACTS["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB, hidden),
+        "model.embed_tokens.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
-        "lm_head.weight": (VOCAB, hidden),
+        "lm_head.weight": (vocab, hidden),
     }
     for layer in range(FACTS["num_hidden_layers"]):
         at = f"model.layers.{layer}"
@@ -108,6 +108,10 @@ PARAMETERS: Needed = {
     "specdec++": lambda folder: f"head={tiny_head(folder)}",
     "del": lambda folder: "k=5",
     "rsd": lambda folder: f"path={tiny_draft(folder)},width=3,depth=3",
+    "nested": lambda folder: (
+        f"of=fuse(of=prompt-lookup(max_ngram=1)|token-recycling),path={tiny_draft(folder)},"
+        "k=5,width=3"
+    ),
 }
 """Method name -> parameters, given a folder for files."""
 

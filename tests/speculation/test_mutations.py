@@ -34,7 +34,7 @@ from hasten.speculation.verifiers.recursive import Recursive
 from hasten.speculation.verifiers.sample_match import SampleMatch
 from tests.engine.world import World, params_of, prompt_of
 from tests.speculation import test_draft_model
-from tests.speculation.drafters import test_s2d
+from tests.speculation.drafters import test_nested, test_s2d
 from tests.speculation.examples import tiny_draft
 from tests.speculation.verifiers.harness import RULES, Markov, total_variation
 
@@ -75,6 +75,10 @@ def pearl(tiny: Make, folder: Path) -> None:
     for _ in range(12):
         world.add(prompt_of(rng, 61, 8), params_of(rng, 61))
     world.drain()
+
+
+def nested(tiny: Make, folder: Path) -> None:
+    test_nested.test_token_for_token_what_the_draft_model_proposes(tiny, folder, "joined")
 
 
 def law(verifier: Any, rule: str, tiny: Make, folder: Path) -> None:
@@ -249,6 +253,24 @@ def draft_rows_not_moved(patch: Patch) -> None:
     patch.setattr(DraftModel, "settle", wrong)
 
 
+def rows_of_inner_candidates_not_moved(patch: Patch) -> None:
+    def wrong(self: DraftModel, state: Any, path: Any) -> None:
+        state.become_chain([state.token[node] for node in path], (1 << len(path)) - 1)
+
+    patch.setattr(DraftModel, "keep_path", wrong)
+
+
+def a_rejected_inner_candidate_stays_visible(patch: Patch) -> None:
+    keep_path = DraftModel.keep_path
+
+    def wrong(self: DraftModel, state: Any, path: Any) -> None:
+        seen = state.seen[-1]
+        keep_path(self, state, path)
+        state.seen[-1] |= seen
+
+    patch.setattr(DraftModel, "keep_path", wrong)
+
+
 def holes_left_behind(patch: Patch) -> None:
     remember = SortedDraftModel._remember
 
@@ -361,6 +383,8 @@ FAULTS = [
     ),
     Fault(a_rejected_draft_row_kept, rows_of_drafts),
     Fault(draft_rows_not_moved, rows_of_drafts),
+    Fault(rows_of_inner_candidates_not_moved, nested),
+    Fault(a_rejected_inner_candidate_stays_visible, nested),
     Fault(holes_left_behind, exits),
     Fault(what_is_ahead_taken_without_a_match, pearl),
     Fault(rejection_draws_from_p, chains),

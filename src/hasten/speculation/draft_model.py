@@ -63,6 +63,13 @@ class DraftState:
         self.token, self.parent, self.depth, self.seen = [], [], [], []
         self.computed, self.place = 0, ()
 
+    def become_chain(self, token: list[int], computed: int) -> None:
+        """Have these nodes, each below the one before; ``computed`` as bits."""
+        self.token, self.computed = token, computed
+        self.parent = list(range(-1, len(token) - 1))
+        self.depth = list(range(len(token)))
+        self.seen = [(1 << node) - 1 for node in range(len(token))]
+
     def add(self, parent: int, token: int) -> int:
         """A new node below another; its number."""
         number = len(self.parent)
@@ -283,20 +290,13 @@ class DraftModel:
         if not state.parent or state.stream.computed != length:
             state.forget()
             return
-        moves = Moves([], [], [])
-        kept = 0
+        kept: list[int] = []
         for node in outcome.path[1:] if self.keep else ():
-            number = state.place[node]
-            if not state.computed >> number & 1:
+            if not state.computed >> state.place[node] & 1:
                 break
-            kept += 1
-            if number != kept:
-                moves.table_row.append(state.stream.table_row)
-                moves.src.append(length + number - 1)
-                moves.dst.append(length + kept - 1)
-        if moves.src:
-            self.runner.move(self.cache.tables, moves)
-        self.cache.commit(state.stream, length + kept)
+            kept.append(state.place[node])
+        self._gather(state, kept)
+        self.cache.commit(state.stream, length + len(kept))
         state.forget()
 
     def keep_chain(self, state: DraftState, nodes: int) -> None:
@@ -305,11 +305,26 @@ class DraftModel:
         stream = state.stream
         stream.computed += nodes
         # committed without giving pages back: the nodes behind lie on them
-        state.token = state.token[nodes:]
-        state.parent = list(range(-1, len(state.token) - 1))
-        state.depth = list(range(len(state.token)))
-        state.seen = [(1 << node) - 1 for node in range(len(state.token))]
-        state.computed >>= nodes
+        state.become_chain(state.token[nodes:], state.computed >> nodes)
+
+    def keep_path(self, state: DraftState, path: Sequence[int]) -> None:
+        """Drop all nodes but a path, given by numbers from the pending token on, all computed.
+
+        The path becomes a chain; the slots behind it are free for the nodes that come next.
+        """
+        self._gather(state, path[1:])
+        state.become_chain([state.token[node] for node in path], (1 << len(path)) - 1)
+
+    def _gather(self, state: DraftState, numbers: Sequence[int]) -> None:
+        """Move the rows of some nodes, ascending, to the first slots behind the pending token."""
+        length, moves = state.stream.computed, Moves([], [], [])
+        for kept, number in enumerate(numbers, 1):
+            if number != kept:
+                moves.table_row.append(state.stream.table_row)
+                moves.src.append(length + number - 1)
+                moves.dst.append(length + kept - 1)
+        if moves.src:
+            self.runner.move(self.cache.tables, moves)
 
     def _run(self, batch: Batch, runner: Runner) -> DraftRows:
         if self.hidden:

@@ -58,7 +58,8 @@ class Said(StatelessDrafting):
 
 
 Said.card = Card(  # type: ignore[attr-defined]
-    "said", ("draft",), Said, "", "bitwise", "none", frozenset(), frozenset({"proposes-tokens"})
+    *("said", ("draft",), Said, "", "bitwise", "none", frozenset()),
+    frozenset({"proposes-tokens", "drafts-from-text"}),
 )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hasten.decoding.params import SamplingParams
 from hasten.engine.engine import Engine, EngineConfig
 from hasten.models.base import Decoder
-from hasten.speculation.drafters.prompt_lookup import PromptLookup
+from hasten.speculation.drafters.prompt_lookup import UNDO, PromptLookup
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 
@@ -66,9 +66,32 @@ def test_rollback_forgets_what_was_cut_off() -> None:
     drafter = PromptLookup()
     sequence = SimpleNamespace(tokens=[1, 2, 3, 4, 1, 2, 9, 1, 2], draft_state=drafter.open(None))
     assert drafter.propose([sequence], [1])[0].token == [2, 9]
+    index = sequence.draft_state
     sequence.tokens = sequence.tokens[:6]
     drafter.rollback(sequence, 6)
+    assert sequence.draft_state is index, "a short cut is taken back step by step"
     assert drafter.propose([sequence], [1])[0].token == [2, 3]
+
+
+@given(texts, st.lists(st.integers(-UNDO - 9, UNDO + 9), max_size=12), st.integers(1, 4))
+def test_a_cut_index_equals_a_fresh_one(
+    tokens: list[int], changes: list[int], longest: int
+) -> None:
+    """Grown and cut by turns, by less and by more than can be taken back step by step."""
+    drafter = PromptLookup(max_ngram=longest)
+    tokens = (tokens * 40)[: len(tokens) + 99]
+    sequence = SimpleNamespace(tokens=tokens[:50], draft_state=drafter.open(None))
+    drafter.propose([sequence], [1])
+    for change in changes:
+        length = max(1, len(sequence.tokens) + change)
+        if change < 0:
+            del sequence.tokens[length:]
+            drafter.rollback(sequence, length)
+        sequence.tokens += [token ^ 1 for token in tokens[len(sequence.tokens) : length]]
+        trees = drafter.propose([sequence], [8])
+        fresh = SimpleNamespace(tokens=sequence.tokens, draft_state=drafter.open(None))
+        assert drafter.propose([fresh], [8]) == trees
+        assert fresh.draft_state == sequence.draft_state
 
 
 def test_sequences_do_not_see_each_other() -> None:

@@ -17,16 +17,17 @@ from hasten.models.base import Decoder
 from hasten.speculation.base import Outcome
 from hasten.speculation.drafters.token_recycling import (
     CHILDREN,
-    NODES,
+    TEMPLATE,
     TokenRecycling,
     TokenRecyclingDrafting,
-    template,
+    levels_of,
 )
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 from tests.engine.world import World, params_of, prompt_of
 
 VOCAB = 50
+NODES = len(TEMPLATE)
 
 
 def at_work(**parameters: Any) -> TokenRecyclingDrafting:
@@ -53,7 +54,7 @@ def logits(*rows: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 def names(budget: int) -> list[str]:
     above, found = [""], []
-    for level in template(budget):
+    for level in levels_of(TEMPLATE, budget):
         above = [
             above[parent] + str(rank) for parent, rank in zip(level.parent, level.rank, strict=True)
         ]
@@ -77,6 +78,21 @@ def test_a_cut_template_keeps_parents_and_low_ranks(budget: int) -> None:
     for name in found:
         assert name[:-1] in ["", *found]
         assert name[-1] == "0" or name[:-1] + str(int(name[-1]) - 1) in found
+
+
+def test_another_tree() -> None:
+    """Ranks need not be next to each other, and the first nodes are those that a budget takes."""
+    nodes = ((1,), (1, 3), (0,), (1, 3, 0))
+    drafting = TokenRecyclingDrafting(TokenRecycling(), VOCAB, nodes)
+    table = drafting.tables[""]
+    table[:] = (np.arange(VOCAB)[:, None] * 3 + np.arange(8)) % VOCAB
+    mine = sequence(drafting, [2])
+    # 2 -> 6 7 ..., 7 -> 21 22 23 24 ..., 24 -> 72 % 50 ...
+    paths = [[7], [7, 24], [6], [7, 24, 22]]
+    for budget in range(6):
+        tree = draft(drafting, mine, budget)
+        found = [tree.path(node) for node in range(1, len(tree))]
+        assert sorted(found) == sorted(paths[:budget])
 
 
 def test_nothing_known_nothing_drafted() -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +22,11 @@ from hasten.decoding.sampling import Sampler
 from hasten.engine.engine import Engine, EngineConfig
 from hasten.models.base import Decoder
 from hasten.speculation.base import Outcome, StatelessDrafting
+from hasten.speculation.drafters.nested import NestedDrafting
+from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 from tests.decoding.chi_square import chi2
+from tests.speculation.examples import tiny_draft
 from tests.speculation.sampling_drafter import SamplingDrafter, card
 
 VOCAB = 8
@@ -43,6 +49,9 @@ PAIRS = [
     ("sample-match", "sequences"),
 ]
 """Verifiers with kinds of drafts."""
+
+NESTED = ["chain", "recursive"]
+"""Verifiers with drafts that a draft model checked before."""
 
 PROCESSED_PAIRS = [("chain", "chain"), ("recursive", "mixed"), ("k-seq", "sequences")]
 
@@ -100,12 +109,16 @@ def bad_words(params: SamplingParams) -> list[list[int]]:
     return [list(word) for word in params.bad_words if not isinstance(word, str)]
 
 
+def drawing(verify: str, kind: str, seed: int) -> Stack:
+    """A stack with drafts of a kind from laws of their own."""
+    drafter = SamplingDrafter(kind, VOCAB, seed)
+    return Stack({**Stack.parse(f"verify={verify},control=fixed(k=6)").methods, "draft": drafter})
+
+
 def sampled(
-    model: Decoder, verify: str, kind: str, params: SamplingParams, count: int, seed: int
+    model: Decoder, stack: Stack, params: SamplingParams, count: int, seed: int
 ) -> tuple[NDArray[np.float64], float]:
     """How often each text came, float64 [V, V, V], and the share of accepted candidates."""
-    drafter = SamplingDrafter(kind, VOCAB, seed)
-    stack = Stack({**Stack.parse(f"verify={verify},control=fixed(k=6)").methods, "draft": drafter})
     engine = Engine(
         model, stack, EngineConfig(max_sequences=64, max_batch_tokens=512, prefix_reuse=False)
     )
@@ -147,16 +160,16 @@ PROCESSED = SamplingParams(
     logit_bias={2: 1.0, 6: -0.5},
     bad_words=[[1, 4], [5, 5]],
 )
-TESTS = 5 * (SEEDS + 1) * (len(PAIRS) + len(PROCESSED_PAIRS))
+TESTS = 5 * (SEEDS + 1) * (len(PAIRS) + len(PROCESSED_PAIRS) + len(NESTED))
 
 
 def hold(
-    model: Decoder, after: Laws, pair: tuple[str, str], params: SamplingParams, n: int
+    model: Decoder, after: Laws, stack: Callable[[int], Stack], params: SamplingParams, n: int
 ) -> NDArray[np.float64]:
-    """Every seed by itself and all together. Returns the counts' sum."""
+    """Each seed by itself, with a stack of its own, and all together. Returns the counts' sum."""
     law, total = joint_law(after, params), np.zeros((VOCAB,) * LENGTH)
     for seed in range(SEEDS):
-        counts, accepted = sampled(model, *pair, params, n, seed)
+        counts, accepted = sampled(model, stack(seed), params, n, seed)
         assert min(p_values(counts, law)) > ALPHA / TESTS, f"seed {seed}"
         assert 0.1 < accepted < 0.95, "candidates are both accepted and rejected"
         total += counts
@@ -166,14 +179,14 @@ def hold(
 
 @pytest.mark.parametrize("pair", PAIRS, ids=", ".join)
 def test_the_law_of_sampled_texts(model: Decoder, after: Laws, pair: tuple[str, str]) -> None:
-    hold(model, after, pair, PLAIN, 400)
+    hold(model, after, partial(drawing, *pair), PLAIN, 400)
 
 
 @pytest.mark.parametrize("pair", PROCESSED_PAIRS, ids=", ".join)
 def test_processors_see_the_history_of_each_path(
     model: Decoder, after: Laws, pair: tuple[str, str]
 ) -> None:
-    total = hold(model, after, pair, PROCESSED, 400)
+    total = hold(model, after, partial(drawing, *pair), PROCESSED, 400)
     of_the_root = joint_law(after, PROCESSED, history=False)
     possible = total * (of_the_root > 0)
     assert min(p_values(possible, of_the_root)) < ALPHA / TESTS, "the test would not notice"
@@ -188,7 +201,37 @@ def test_processors_see_the_history_of_each_path(
     ],
 )
 def test_a_bias_fails(model: Decoder, after: Laws, verify: str, kind: str) -> None:
-    counts, _ = sampled(model, verify, kind, PLAIN, 400 * SEEDS, 0)
+    counts, _ = sampled(model, drawing(verify, kind, 0), PLAIN, 400 * SEEDS, 0)
+    assert min(p_values(counts, joint_law(after, PLAIN))) < ALPHA / TESTS
+
+
+def nested(folder: Path, verify: str) -> Stack:
+    draft = f"nested(of=token-recycling,path={tiny_draft(folder, VOCAB)},k=4,width=3)"
+    return Stack.parse(f"draft={draft},verify={verify},control=fixed(k=6)")
+
+
+@pytest.mark.parametrize("verify", NESTED)
+def test_the_law_of_nested_drafts(model: Decoder, after: Laws, tmp_path: Path, verify: str) -> None:
+    hold(model, after, lambda seed: nested(tmp_path, verify), PLAIN, 400)
+
+
+def test_a_candidate_that_the_draft_model_did_not_draw_fails(
+    model: Decoder, after: Laws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its law is declared for a token that was chosen."""
+    check = NestedDrafting._check
+
+    def wrong(self: NestedDrafting, sequence: Any, tree: TokenTree, *rest: Any) -> Any:
+        path, tokens, ended = check(self, sequence, tree, *rest)
+        if tree.children(0):
+            path, tokens = [0], [tree.token[tree.children(0)[0]]]
+            _, _, written, _, laws = rest
+            for later in [node for node in laws if node > written]:
+                del laws[later]
+        return path, tokens, ended
+
+    monkeypatch.setattr(NestedDrafting, "_check", wrong)
+    counts, _ = sampled(model, nested(tmp_path, "chain"), PLAIN, 1000 * SEEDS, 0)
     assert min(p_values(counts, joint_law(after, PLAIN))) < ALPHA / TESTS
 
 
@@ -196,4 +239,4 @@ def test_a_bias_fails(model: Decoder, after: Laws, verify: str, kind: str) -> No
 @pytest.mark.parametrize("pair", PAIRS, ids=", ".join)
 def test_the_law_of_many_sampled_texts(model: Decoder, after: Laws, pair: tuple[str, str]) -> None:
     """So many, over the seeds, that a bias of 0.01 in a token's law would be seen."""
-    hold(model, after, pair, PLAIN, 20_000)
+    hold(model, after, partial(drawing, *pair), PLAIN, 20_000)

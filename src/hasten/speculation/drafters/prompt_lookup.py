@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hasten.methods import method
 from hasten.speculation.base import Draftable, StatelessDrafting
 from hasten.speculation.tree import TokenTree
+
+Table = dict[tuple[int, ...], int]
+UNDO = 32
+"""Tokens that can be taken back without reading the whole text again."""
 
 
 @dataclass(slots=True)
 class NgramIndex:
     """Where each n-gram of a sequence last ended, kept up to date token by token.
 
-    ``end[n - 1]`` maps an n-gram to the index after its last occurrence that has a successor.
+    Attributes:
+        end: ``end[n - 1]`` maps an n-gram to the index after its last occurrence that has a
+            successor.
+        indexed: tokens whose n-grams are in the index.
+        undo: what the latest of them replaced: (table, n-gram, its entry before or None).
     """
 
-    end: list[dict[tuple[int, ...], int]]
+    end: list[Table]
     indexed: int = 0
-    """Tokens whose n-grams are in the index."""
+    undo: deque[list[tuple[Table, tuple[int, ...], int | None]]] = field(
+        default_factory=lambda: deque(maxlen=UNDO), compare=False
+    )
 
     def extend(self, tokens: list[int]) -> None:
         """Index all n-grams that end before the last token."""
         stop = len(tokens) - 1
-        for n, table in enumerate(self.end, 1):
-            for after in range(max(self.indexed + 1, n), stop + 1):
-                table[tuple(tokens[after - n : after])] = after
+        for after in range(self.indexed + 1, stop + 1):
+            replaced = []
+            for n, table in enumerate(self.end[:after], 1):
+                gram = tuple(tokens[after - n : after])
+                if after > stop - UNDO:
+                    replaced.append((table, gram, table.get(gram)))
+                table[gram] = after
+            self.undo.append(replaced)
         self.indexed = max(self.indexed, stop)
+
+    def cut(self, length: int) -> bool:
+        """Forget all but the first ``length`` tokens. False if it is too late for that."""
+        if self.indexed - (length - 1) > len(self.undo):
+            return False
+        while self.indexed > length - 1:
+            for table, gram, before in self.undo.pop():
+                if before is None:
+                    del table[gram]
+                else:
+                    table[gram] = before
+            self.indexed -= 1
+        return True
 
 
 @method(
@@ -65,6 +94,11 @@ class PromptLookup(StatelessDrafting):
             TokenTree.chain(s.tokens[-1:] + self._continuation(s, min(budget, self.k)))
             for s, budget in zip(sequences, budgets, strict=True)
         ]
+
+    def rollback(self, sequence: Draftable, length: int) -> None:
+        index: NgramIndex = sequence.draft_state
+        if not index.cut(length):
+            sequence.draft_state = self.open(sequence)
 
     def _continuation(self, sequence: Draftable, length: int) -> list[int]:
         tokens, index = sequence.tokens, sequence.draft_state

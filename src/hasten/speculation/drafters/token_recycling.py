@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from hasten.kernels.logits import row_top
 from hasten.methods import method
 from hasten.speculation.base import Draftable, DraftContext, Outcome, StatelessDrafting
+from hasten.speculation.calibration import Ranks, load_tree
 from hasten.speculation.tenants import TenantTables
 from hasten.speculation.tree import TokenTree
 
@@ -31,8 +33,6 @@ CHILDREN = {
 }
 """Template 2.2.2: how many children a node has, by the ranks on the way to it."""
 
-NODES = sum(CHILDREN.values())
-
 NOTHING = -1
 
 
@@ -44,9 +44,8 @@ class Level:
     rank: NDArray[np.int64]
 
 
-@cache
-def template(budget: int) -> list[Level]:
-    """The ``budget`` nodes of the template that are worth most, level by level.
+def by_worth() -> tuple[Ranks, ...]:
+    """The template's nodes, the one worth most first.
 
     Where the whole has no room, the template itself says what a node is worth: the more nodes
     hang below it, the likelier its authors found it; of equal ones, those near the root and of
@@ -58,12 +57,22 @@ def template(budget: int) -> list[Level]:
     }
     nodes = [name + str(rank) for name, count in CHILDREN.items() for rank in range(count)]
     nodes.sort(key=lambda name: (-below.get(name, 0), len(name), name))
-    chosen = sorted(nodes[:budget], key=lambda name: (len(name), name))
-    levels = []
-    above = [""]
-    while found := [name for name in chosen if len(name) == len(above[0]) + 1]:
-        parents = [above.index(name[:-1]) for name in found]
-        levels.append(Level(np.array(parents), np.array([int(name[-1]) for name in found])))
+    return tuple(tuple(map(int, name)) for name in nodes)
+
+
+TEMPLATE = by_worth()
+
+
+@cache
+def levels_of(nodes: tuple[Ranks, ...], budget: int) -> list[Level]:
+    """The first ``budget`` nodes of a tree, level by level."""
+    levels: list[Level] = []
+    above: list[Ranks] = [()]
+    for _, level in groupby(sorted(nodes[:budget], key=lambda node: (len(node), node)), len):
+        found = list(level)
+        place = {node: i for i, node in enumerate(above)}
+        parents = np.array([place[node[:-1]] for node in found])
+        levels.append(Level(parents, np.array([node[-1] for node in found])))
         above = found
     return levels
 
@@ -90,6 +99,9 @@ class TokenRecycling:
     sooner, but their logits are not computed. A table takes 32 bytes for each token of the
     vocabulary, a tenant; the ``tenants`` last seen have one.
 
+    ``tree`` names a file with another tree, measured on a model's own texts by ``hasten train
+    tree``; as many of its best nodes are used as the budget allows.
+
     ``hot=false`` starts each sequence with an empty table, and ``rejected=false`` learns from
     accepted rows alone, to compare with.
     """
@@ -97,13 +109,17 @@ class TokenRecycling:
     hot: bool = True
     rejected: bool = True
     tenants: int = 32
+    tree: str | None = None
 
     def __post_init__(self) -> None:
         if self.tenants < 1:
             raise ValueError(f"tenants={self.tenants}: at least 1")
 
     def start(self, context: DraftContext) -> TokenRecyclingDrafting:
-        return TokenRecyclingDrafting(self, context.model.config.vocab_size)
+        nodes = TEMPLATE
+        if self.tree is not None:
+            nodes = load_tree(self.tree, "token-recycling", WIDTH)
+        return TokenRecyclingDrafting(self, context.model.config.vocab_size, nodes)
 
 
 Table = NDArray[np.int32]
@@ -113,9 +129,12 @@ Table = NDArray[np.int32]
 class TokenRecyclingDrafting(StatelessDrafting):
     """Token Recycling at work: the tables of the tenants, or of the sequences."""
 
-    def __init__(self, method: TokenRecycling, vocab_size: int) -> None:
+    def __init__(
+        self, method: TokenRecycling, vocab_size: int, nodes: tuple[Ranks, ...] = TEMPLATE
+    ) -> None:
         self.method = method
         self.vocab_size = vocab_size
+        self.nodes = nodes
         self.tables = TenantTables(self._empty, method.tenants)
 
     def _empty(self) -> Table:
@@ -130,7 +149,9 @@ class TokenRecyclingDrafting(StatelessDrafting):
 
     def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
         return [
-            unroll(self._table(s), s.tokens[-1], template(min(budget, NODES)))
+            unroll(
+                self._table(s), s.tokens[-1], levels_of(self.nodes, min(budget, len(self.nodes)))
+            )
             for s, budget in zip(sequences, budgets, strict=True)
         ]
 
