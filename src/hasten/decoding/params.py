@@ -61,15 +61,13 @@ class StructuredOutputs:
         given = [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             got = " and ".join(given) or "none"
-            raise ValueError(
-                f"structured_outputs is one of {', '.join(STRUCTURES)}; {got} given"
-            )
+            raise ValueError(f"structured_outputs is one of {', '.join(STRUCTURES)}; {got} given")
         value = getattr(self, self.kind)
         texts = value if isinstance(value, tuple) else (value,)
         if self.kind == "json_object":
             return
         if not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"structured_outputs.{self.kind} holds something that is no text")
+            raise ValueError(f"structured_outputs.{self.kind} is empty, or no text")
         if sum(map(len, texts)) > MAX_STRUCTURE_CHARS:
             raise ValueError(
                 f"structured_outputs.{self.kind} has more than {MAX_STRUCTURE_CHARS} characters"
@@ -108,9 +106,9 @@ class SamplingParams:
     Fields that are None take the model's ``generation_config.json`` value, else the neutral one.
     Order of application: logit bias, penalties, bans (allowed tokens, bad words, structured
     outputs, minimum length), temperature, top-k, top-p, min-p, typical-p; each filter works on what
-    the one before it left, renormalised. ``temperature=0`` is greedy: the largest logit after bias, penalties and bans,
-    ties to the lowest id. Log-probabilities that are reported are those of the model itself, before
-    all of this.
+    the one before it left, renormalised. ``temperature=0`` is greedy: the largest logit after bias,
+    penalties and bans, ties to the lowest id. Log-probabilities that are reported are those of the
+    model itself, before all of this.
 
     Attributes:
         max_tokens: generated tokens at most; 0 = only score the prompt, None = until the context is
@@ -125,10 +123,10 @@ class SamplingParams:
         logit_bias: added to the logits of the given token ids.
         allowed_token_ids: if given, no other token can be chosen.
         bad_words: token sequences that must not be completed (strings are encoded by the API).
-        structured_outputs: what the text must be (a mapping of `StructuredOutputs`' fields will do).
-            The end of sequence is allowed only where that is complete, and the sequence ends where
-            nothing else is possible, whatever ``min_tokens`` and ``ignore_eos`` say; ``max_tokens``
-            and stop strings may cut it short.
+        structured_outputs: what the text must be (or a mapping with a field of
+            `StructuredOutputs`). The end of sequence is allowed only where the text may end, and
+            where nothing else is possible the sequence ends, whatever ``min_tokens`` and
+            ``ignore_eos`` say; ``max_tokens`` and stop strings may cut it short.
         min_tokens: no end of sequence and no stop before that many tokens.
         ignore_eos: go on past the end-of-sequence token.
         stop: strings that end the output; not included in it unless ``include_stop``.

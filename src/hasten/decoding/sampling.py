@@ -338,8 +338,8 @@ class Sampler:
             row[list(self._eos | set(p.stop_token_ids))] = -np.inf
         if not np.isfinite(row).any():
             raise NoTokenLeft(
-                "no token can be chosen: structured_outputs, allowed_token_ids, bad_words, logit_bias "
-                "and min_tokens together ban the whole vocabulary"
+                "no token can be chosen: structured_outputs, allowed_token_ids, bad_words, "
+                "logit_bias and min_tokens together ban the whole vocabulary"
             )
         return row
 

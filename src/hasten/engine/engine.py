@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from hasten.cache.layout import PAGE_SIZE, KVStorage
 from hasten.cache.manager import CacheManager, Stream
 from hasten.cache.prefix import root_key
-from hasten.decoding.constraints.base import ConstrainContext, ConstraintError, Constraining
+from hasten.decoding.constraints.base import ConstrainContext, Constraining, ConstraintError
 from hasten.decoding.params import SamplingParams
 from hasten.decoding.sampling import NoTokenLeft, Sampler
 from hasten.decoding.text import TextStream

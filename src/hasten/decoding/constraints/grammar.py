@@ -235,5 +235,8 @@ def lark(wanted: StructuredOutputs, whitespace: int) -> str:
 def _reason(matcher: LLMatcher) -> str:
     """The library's message, without the excerpt of the grammar below it."""
     message = " ".join(matcher.get_error().split("\n   1 |")[0].split())
-    costly = "limits." in message or "max is" in message
-    return ("too costly, make it simpler: " if costly else "") + message[:MAX_REASON]
+    message = message.removesuffix(" <non-verbose/>")[:MAX_REASON]
+    if message == "NoExtensionBias":
+        return "the model has no token with which this text could go on"
+    costly = any(word in message for word in ("limit", "max is"))
+    return f"too costly, make it simpler: {message}" if costly else message
