@@ -14,7 +14,7 @@ MAX_STOP = 64
 MAX_STOP_CHARS = 1_000
 MAX_BIAS = 10_000
 MAX_N = 128
-MAX_STRUCTURE_CHARS = 100_000
+MAX_STRUCTURE_CHARS = 50_000
 MAX_CHOICES = 10_000
 
 _FROM_MODEL: dict[str, Any] = {
@@ -88,6 +88,8 @@ STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
 
 def _json_text(schema: str | Mapping[str, Any]) -> str:
     """A schema as text with one form, properties in the order in which they are given."""
+    if not isinstance(schema, str | Mapping):
+        raise ValueError("structured_outputs.json is a JSON schema: an object, or its text")
     try:
         if isinstance(schema, str):
             if len(schema) > MAX_STRUCTURE_CHARS:
