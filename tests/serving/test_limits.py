@@ -114,7 +114,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes | str]]] = {
     ),
     "structure-costly": (
         COMPLETIONS,
-        lambda: fields(prompt="x", structured_outputs={"regex": "(a|aa|aaa)*" * 3000}),
+        lambda: fields(prompt="x", structured_outputs={"regex": "(a|aa|aaa)*" * 1500}),
     ),
     "no-json": (COMPLETIONS, lambda: b"\xff\xfe"),
     "half-a-character": (COMPLETIONS, lambda: '{"prompt": "\\ud800"}'),

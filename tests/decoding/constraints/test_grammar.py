@@ -215,7 +215,7 @@ def test_blanks_in_json_are_bounded(limit: int) -> None:
         ),
         ({"regex": "("}, "structured_outputs.regex: .*unclosed group"),
         ({"regex": "(?=a)b"}, "look-ahead"),
-        ({"regex": "(a|aa|aaa)*" * 3000}, "too costly, make it simpler"),
+        ({"regex": "(a|aa|aaa)*" * 2900}, "too costly, make it simpler"),
         ({"regex": "()"}, "allows no text"),
         ({"grammar": "start: missing"}, "structured_outputs.grammar: .*missing"),
         ({"grammar": "root = ::"}, "structured_outputs.grammar"),
@@ -235,7 +235,7 @@ def test_what_does_not_compile_is_refused_by_name(wanted: Wanted, reason: str) -
         ({"regex": "a", "json_object": True}, "json_object and regex given"),
         ({"regexp": "a"}, "regexp"),
         ({"json": "{"}, "no JSON schema"),
-        ({"json": "[" * 40_000}, "nested too deep"),
+        ({"json": "[" * 30_000}, "nested too deep"),
         ({"json": {"const": float("nan")}}, "no JSON schema"),
         ({"json": True}, "an object, or its text"),
         ({"json_object": 1}, "true or false"),
@@ -246,8 +246,8 @@ def test_what_does_not_compile_is_refused_by_name(wanted: Wanted, reason: str) -
         ({"regex": ""}, "empty"),
         ({"regex": 7}, "no text"),
         ({"regex": "\ud800"}, "Unicode"),
-        ({"grammar": "a" * 50_001}, "more than 50000 characters"),
-        ({"json": '"' + "a" * 50_001}, "more than 50000 characters"),
+        ({"grammar": "a" * 32_001}, "more than 32000 characters"),
+        ({"json": '"' + "a" * 32_001}, "more than 32000 characters"),
         (5, "mapping"),
     ],
 )
@@ -265,13 +265,14 @@ def nested(depth: int) -> dict[str, Any]:
 
 BOMBS: dict[str, Wanted] = {
     "repetitions": {"regex": "(((a{1000}){1000}){1000}){1000}"},
+    "alternatives": {"regex": "(a|aa|aaa)*" * 2900},
     "states": {"regex": "[ab]*a[ab]{5000}"},
     "ambiguous": {"grammar": 'start: a\na: a a | "a" | a "a" | "a" a'},
     "left and right": {"grammar": 'start: a\na: "a"? a? "a"? a?'},
     "deep": {"json": nested(500)},
-    "wide": {"json": {"properties": {f"k{i}": {"maxLength": 1000} for i in range(1800)}}},
+    "wide": {"json": {"properties": {f"k{i}": {"maxLength": 1000} for i in range(1200)}}},
     "long": {"json": {"type": "string", "maxLength": 10**9}},
-    "many": {"choice": [f"{i:08}" for i in range(6_000)]},
+    "many": {"choice": [f"{i:08}" for i in range(4_000)]},
     "combinations": {"json": {"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": i}]} for i in
                                         range(40)]}},
     "recursive": {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}},
@@ -292,7 +293,7 @@ def test_work_is_bounded(name: str) -> None:
             state.advance(rng.choice(choices))
     except ValueError as error:
         assert len(str(error)) < 500
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 2
 
 
 def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
