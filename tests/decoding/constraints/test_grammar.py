@@ -384,9 +384,17 @@ def is_person(text: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("ignore_eos", [False, True])
-def test_samples_are_always_what_was_asked_for(tiny: Make, ignore_eos: bool) -> None:
-    made, rng = engine(tiny("llama")), random.Random(1)
+@pytest.mark.parametrize(
+    ("method", "ignore_eos"),
+    [
+        ("", False),
+        ("", True),
+        ("draft=token-recycling,verify=typical,", False),  # which looks ahead, and takes what fits
+    ],
+)
+def test_samples_are_always_what_was_asked_for(tiny: Make, method: str, ignore_eos: bool) -> None:
+    made = engine(tiny("llama"), f"{method}constrain=grammar(whitespace=1)")
+    rng = random.Random(1)
     requests: list[tuple[Request, Callable[[str], bool]]] = []
     kinds: list[tuple[Wanted, Callable[[str], bool]]] = [
         ({"json": PERSON}, is_person),
@@ -420,6 +428,7 @@ def test_samples_are_always_what_was_asked_for(tiny: Make, ignore_eos: bool) -> 
             assert valid(text), text
             texts.add(text)
     assert len(texts) > 100
+    assert bool(made.stats.speculation.accepted) == bool(method)
 
 
 def test_any_object_is_json_or_cut_by_the_limit(tiny: Make) -> None:
