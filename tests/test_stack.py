@@ -76,6 +76,7 @@ def test_canonical_text_reads_back(
         "draft": f"prompt-lookup(max_ngram={low + more},min_ngram={low},k={k})",
         "verify": "sample-match",
         "control": f"fixed(k={budget})",
+        "constrain": f"grammar(cached={k})",
         "schedule": f"stall-free(chunk={chunk})",
     }
     stack = Stack.parse({slot: everything[slot] for slot in slots})

@@ -26,6 +26,7 @@ SLOTS: dict[str, tuple[str, str]] = {
     "draft": ("hasten.speculation.drafters", "none"),
     "verify": ("hasten.speculation.verifiers", "sample-match"),
     "control": ("hasten.speculation.controllers", "fixed"),
+    "constrain": ("hasten.decoding.constraints", "grammar"),
     "schedule": ("hasten.scheduling", "stall-free"),
 }
 
@@ -50,6 +51,7 @@ DOES: dict[str, str] = {
     "limits-view": "hides positions from attention",
     "changes-values": "stores keys and values in another form than they were computed",
     "changes-weights": "computes with other weights than the checkpoint's",
+    "limits-tokens": "keeps the output to what a request says its text must be",
     "orders-work": "decides who gets how many tokens in a step",
     "sets-budgets": "decides how many candidates a request may have",
 }

@@ -98,10 +98,11 @@ class Stack:
         """What this stack's exactness is measured against.
 
         Methods that define the function that is computed (weights, stored values, what attention
-        sees) stay; every other slot goes back to its plain choice. A stack that promises
-        "bitwise" has, under greedy decoding, the same output as its baseline, bit for bit.
+        sees, which texts are allowed) stay; every other slot goes back to its plain choice. A stack
+        that promises "bitwise" has, under greedy decoding, the same output as its baseline, bit for
+        bit.
         """
-        defining = {"changes-weights", "changes-values", "limits-view"}
+        defining = {"changes-weights", "changes-values", "limits-view", "limits-tokens"}
         return Stack.parse({s: m for s, m in self.methods.items() if m.card.does & defining})
 
     def check(self, provides: Iterable[str], model: str = "this model") -> None:

@@ -402,7 +402,8 @@ def test_looking_ahead_is_pushing_on_a_copy(changes: dict[str, Any]) -> None:
     before = now.law(logits)
     for count in range(4):
         expected = sampler(output + ahead[:count]).law(logits)
-        assert np.array_equal(now.after(ahead[:count]).law(logits), expected)
+        with now.after(ahead[:count]) as later:
+            assert np.array_equal(later.law(logits), expected)
     assert np.array_equal(now.law(logits), before), "the sampler itself stays where it is"
 
 

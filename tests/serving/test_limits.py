@@ -104,6 +104,18 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes | str]]] = {
     "depth-tools": (CHAT, lambda: messages(', "tools": [{"a":' + deep(900) + "}]")),
     "messages": (CHAT, lambda: messages("", ",".join([MESSAGE] * 10**5))),
     "regex": (CHAT, lambda: messages(', "guided_regex": "' + "a|" * 10**5 + '"')),
+    "structure": (
+        CHAT,
+        lambda: messages(', "structured_outputs": {"regex": "' + "a|" * 10**5 + '"}'),
+    ),
+    "structure-depth": (
+        COMPLETIONS,
+        lambda: '{"structured_outputs": {"json": {"not": ' + deep(10**4) + '}}, "prompt": "x"}',
+    ),
+    "structure-costly": (
+        COMPLETIONS,
+        lambda: fields(prompt="x", structured_outputs={"regex": "(a|aa|aaa)*" * 1500}),
+    ),
     "no-json": (COMPLETIONS, lambda: b"\xff\xfe"),
     "half-a-character": (COMPLETIONS, lambda: '{"prompt": "\\ud800"}'),
 }

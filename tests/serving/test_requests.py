@@ -50,7 +50,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(live: Live, field: str) -> N
 
 def test_other_unsupported_values(live: Live) -> None:
     for fields, param in (
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),

@@ -15,6 +15,7 @@ from hasten.engine.engine import Engine, EngineConfig
 from hasten.methods import Card, cards
 from hasten.models.base import Decoder
 from hasten.stack import Stack
+from tests.decoding.constraints.characters import in_characters
 from tests.engine.test_randomized import MODELS
 from tests.speculation.examples import VOCAB, example
 
@@ -31,6 +32,12 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": {5: 1.5, 9: -3.0}, "bad_words": [[4], [6, 7]]},
 }
 
+CONSTRAINTS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "regex": {"regex": "([a-m]{2,5}[ ,.])+"},
+    "json": {"json": {"type": "object", "additionalProperties": {"type": "integer"}}},
+}
+
 FACTORS: dict[str, list[Any]] = {
     "draft": [card for card in cards("draft") if card.exact != "lossy"],
     "verify": [card for card in cards("verify") if card.exact != "lossy"],
@@ -41,6 +48,7 @@ FACTORS: dict[str, list[Any]] = {
     "pool": ["roomy", "tiny"],
     "n": [1, 3],
     "processors": list(PENALTIES),
+    "constrain": list(CONSTRAINTS),
     "stops": ["none", "id", "string", "end"],
     "logprobs": [None, 2],
     "min_p": [0.0, 0.1],
@@ -98,6 +106,7 @@ class Matrix:
             min_p=row["min_p"],
             seed=5,
             ignore_eos=row["stops"] != "end",
+            structured_outputs=CONSTRAINTS[row["constrain"]],
             **PENALTIES[row["processors"]],
         )
         prompts = self.prompts(row["together"], seed)
@@ -118,6 +127,7 @@ class Matrix:
                 max_length=max(longest, 2 * PAGE_SIZE),
             ),
         )
+        in_characters(engine)
         if row["prefix"] == "hit":
             for prompt in prompts:
                 engine.add(prompt, SamplingParams(max_tokens=1, temperature=0.0))
@@ -165,7 +175,12 @@ class Matrix:
         if key not in self._plain:
             config = EngineConfig(max_sequences=params.n, prefix_reuse=False)
             self._plain[key] = [
-                _outputs(Engine(model, Stack.parse(stack), config), params, [prompt], early)[0]
+                _outputs(
+                    in_characters(Engine(model, Stack.parse(stack), config)),
+                    params,
+                    [prompt],
+                    early,
+                )[0]
                 for prompt in prompts
             ]
         return self._plain[key]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from hasten.cache.manager import CacheManager
+from hasten.decoding.constraints.grammar import GrammarState
 from hasten.decoding.sampling import Sampler
 from hasten.engine import recording
 from hasten.engine.batch import Batch
@@ -32,6 +33,7 @@ from hasten.speculation.verifiers.chain import Chain
 from hasten.speculation.verifiers.k_seq import KSeq
 from hasten.speculation.verifiers.recursive import Recursive
 from hasten.speculation.verifiers.sample_match import SampleMatch
+from tests.decoding.constraints import test_grammar
 from tests.engine.world import World, params_of, prompt_of
 from tests.speculation import test_draft_model
 from tests.speculation.drafters import test_nested, test_s2d
@@ -54,6 +56,11 @@ def same_as_alone(tiny: Make, folder: Path) -> None:
             for _ in range(25):
                 world.add(prompt_of(rng, 61, rng.randint(1, 30)), params_of(rng, 61))
             world.drain()
+
+
+def constrained(tiny: Make, folder: Path) -> None:
+    """Random requests under grammars, the same way."""
+    test_grammar.same_as_alone(tiny)
 
 
 def rows_of_drafts(tiny: Make, folder: Path) -> None:
@@ -204,6 +211,28 @@ def processors_see_the_roots_history(patch: Patch) -> None:
         return ended
 
     patch.setattr(SequenceWalk, "emit", wrong)
+
+
+def a_mask_of_the_parents_place(patch: Patch) -> None:
+    """Within a step, masks do not know the last token of the path."""
+    begin, emit, mask = SequenceWalk.__init__, SequenceWalk.emit, GrammarState.mask
+    places: dict[GrammarState, GrammarState] = {}
+
+    def wrong_begin(self: SequenceWalk, sequence: Any, *others: Any) -> None:
+        begin(self, sequence, *others)
+        places.pop(sequence.sampler.constraint, None)
+
+    def wrong_emit(self: SequenceWalk, node: int, token: int) -> bool:
+        state = self.sequence.sampler.constraint
+        assert isinstance(state, GrammarState)
+        before = state.fork()
+        ended = emit(self, node, token)
+        places[state] = before
+        return ended
+
+    patch.setattr(SequenceWalk, "__init__", wrong_begin)
+    patch.setattr(SequenceWalk, "emit", wrong_emit)
+    patch.setattr(GrammarState, "mask", lambda self, row: mask(places.get(self, self), row))
 
 
 def numbers_depend_on_the_node(patch: Patch) -> None:
@@ -381,6 +410,7 @@ FAULTS = [
             recorded_steps_with_old_slots,
         )
     ),
+    Fault(a_mask_of_the_parents_place, constrained),
     Fault(a_rejected_draft_row_kept, rows_of_drafts),
     Fault(draft_rows_not_moved, rows_of_drafts),
     Fault(rows_of_inner_candidates_not_moved, nested),

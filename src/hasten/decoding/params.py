@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,8 @@ MAX_STOP = 64
 MAX_STOP_CHARS = 1_000
 MAX_BIAS = 10_000
 MAX_N = 128
+MAX_STRUCTURE_CHARS = 32_000
+MAX_CHOICES = 10_000
 
 _FROM_MODEL: dict[str, Any] = {
     # field: neutral value, used when neither the request nor the model says otherwise
@@ -26,14 +29,88 @@ _FROM_MODEL: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class StructuredOutputs:
+    """What the text of an output must be; exactly one of these.
+
+    Attributes:
+        json: a JSON schema (a mapping, or its text); the output is JSON that it admits. Keywords
+            that cannot be enforced are refused.
+        json_object: any JSON object.
+        regex: a regular expression that the whole output matches (no look-around).
+        choice: texts of which the output is one.
+        grammar: a context-free grammar, in Lark or in llama.cpp's GBNF notation, which starts
+            with ``start`` or ``root``.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.json is not None:
+            object.__setattr__(self, "json", _json_text(self.json))
+        if not isinstance(self.json_object, bool):
+            raise ValueError("structured_outputs.json_object is true or false")
+        if self.choice is not None:
+            if isinstance(self.choice, str):
+                raise ValueError("structured_outputs.choice is a list of texts")
+            _check("choices in structured_outputs.choice", len(self.choice), 1, MAX_CHOICES)
+            object.__setattr__(self, "choice", tuple(self.choice))
+        given = [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"structured_outputs is one of {', '.join(STRUCTURES)}; {got} given")
+        value = getattr(self, self.kind)
+        texts = value if isinstance(value, tuple) else (value,)
+        if self.kind == "json_object":
+            return
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"structured_outputs.{self.kind} is empty, or no text")
+        if sum(map(len, texts)) > MAX_STRUCTURE_CHARS:
+            raise ValueError(
+                f"structured_outputs.{self.kind} has more than {MAX_STRUCTURE_CHARS} characters"
+            )
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"structured_outputs.{self.kind} is not valid Unicode") from None
+
+    @property
+    def kind(self) -> str:
+        """Which of the fields is given."""
+        return next(name for name in STRUCTURES if getattr(self, name) not in (None, False))
+
+
+STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
+
+
+def _json_text(schema: str | Mapping[str, Any]) -> str:
+    """A schema as text with one form, properties in the order in which they are given."""
+    if not isinstance(schema, str | Mapping):
+        raise ValueError("structured_outputs.json is a JSON schema: an object, or its text")
+    try:
+        if isinstance(schema, str):
+            if len(schema) > MAX_STRUCTURE_CHARS:
+                return schema  # it is refused for its length, unread
+            schema = json.loads(schema)
+        return json.dumps(schema, allow_nan=False, separators=(",", ":"))
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"structured_outputs.json is no JSON schema: {reason}") from None
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
 
     Fields that are None take the model's ``generation_config.json`` value, else the neutral one.
-    Order of application: logit bias, penalties, bans (allowed tokens, bad words, minimum length),
-    temperature, top-k, top-p, min-p, typical-p; each filter works on what the one before it left,
-    renormalised. ``temperature=0`` is greedy: the largest logit after bias, penalties and bans,
-    ties to the lowest id.
+    Order of application: logit bias, penalties, bans (allowed tokens, bad words, structured
+    outputs, minimum length), temperature, top-k, top-p, min-p, typical-p; each filter works on what
+    the one before it left, renormalised. ``temperature=0`` is greedy: the largest logit after bias,
+    penalties and bans, ties to the lowest id. Log-probabilities that are reported are those of the
+    model itself, before all of this.
 
     Attributes:
         max_tokens: generated tokens at most; 0 = only score the prompt, None = until the context is
@@ -48,6 +125,10 @@ class SamplingParams:
         logit_bias: added to the logits of the given token ids.
         allowed_token_ids: if given, no other token can be chosen.
         bad_words: token sequences that must not be completed (strings are encoded by the API).
+        structured_outputs: what the text must be (or a mapping with a field of
+            `StructuredOutputs`). The end of sequence is allowed only where the text may end, and
+            where nothing else is possible the sequence ends, whatever ``min_tokens`` and
+            ``ignore_eos`` say; ``max_tokens`` and stop strings may cut it short.
         min_tokens: no end of sequence and no stop before that many tokens.
         ignore_eos: go on past the end-of-sequence token.
         stop: strings that end the output; not included in it unless ``include_stop``.
@@ -71,6 +152,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str | Sequence[int]] = ()
+    structured_outputs: StructuredOutputs | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
     stop: str | Sequence[str] = ()
@@ -91,6 +173,7 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", allowed)
         words = [w if isinstance(w, str) else _ids("bad_words", w) for w in self.bad_words]
         object.__setattr__(self, "bad_words", tuple(words))
+        object.__setattr__(self, "structured_outputs", _structure(self.structured_outputs))
         keys = _ids("logit_bias", self.logit_bias)
         object.__setattr__(
             self, "logit_bias", dict(zip(keys, self.logit_bias.values(), strict=True))
@@ -126,6 +209,17 @@ class SamplingParams:
             if getattr(self, name) is None
         }
         return replace(self, **missing) if missing else self
+
+
+def _structure(given: StructuredOutputs | Mapping[str, Any] | None) -> StructuredOutputs | None:
+    if given is None or isinstance(given, StructuredOutputs):
+        return given
+    try:
+        return StructuredOutputs(**given)
+    except TypeError as error:  # not a mapping, or of other names
+        raise ValueError(
+            f"structured_outputs has one of the fields {', '.join(STRUCTURES)}: {error}"
+        ) from None
 
 
 def _ids(name: str, values: Iterable[Any]) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hasten.decoding.constraints.base import ConstraintState
 from hasten.decoding.params import SamplingParams
 from hasten.kernels.logits import row_top, sum_exp
 
@@ -217,9 +219,9 @@ def _typical(
 class Sampler:
     """Chooses the tokens of one sequence, one position after the other.
 
-    It owns the history that penalties and bans look at. ``choose`` is pure; ``push`` records a
-    token that became output. Under speculation the verifier walks the tree with the same two
-    calls, so every node is judged by its own path's history.
+    It owns the history that penalties, bans and the constraint look at. ``choose`` is pure;
+    ``push`` records a token that became output. Under speculation the verifier walks the tree with
+    the same two calls, so every node is judged by its own path's history.
     """
 
     def __init__(
@@ -230,8 +232,10 @@ class Sampler:
         seed: int,
         stream: int,
         bad_words: Sequence[Sequence[int]] = (),
+        constraint: ConstraintState | None = None,
     ) -> None:
         self.params = params
+        self.constraint = constraint
         self.seed = seed
         self.stream = stream
         self._eos = eos
@@ -245,7 +249,11 @@ class Sampler:
             p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         )
         self._processed = bool(
-            self._penalised or p.logit_bias or p.allowed_token_ids is not None or bad_words
+            self._penalised
+            or p.logit_bias
+            or p.allowed_token_ids is not None
+            or bad_words
+            or constraint is not None
         )
 
     @property
@@ -260,22 +268,29 @@ class Sampler:
     def push(self, token: int) -> None:
         """Record a token of the output."""
         self._output.append(token)
+        if self.constraint is not None:
+            self.constraint.advance(token)
         if self._penalised:
             self._counts[token] = self._counts.get(token, 0) + 1
             if self._seen is not None:
                 self._seen[token] = True
 
-    def after(self, tokens: Iterable[int]) -> Sampler:
-        """What it will be once ``tokens`` became output; itself where the history is not asked."""
+    @contextmanager
+    def after(self, tokens: Sequence[int]) -> Iterator[Sampler]:
+        """What it will be once ``tokens`` became output; itself where the history is not asked.
+        Until the context is left, the sampler itself must not be used."""
         if not self._processed and len(self._output) >= self.params.min_tokens:
-            return self
+            yield self
+            return
         later = copy(self)
         later._output = list(self._output)
         later._counts = dict(self._counts)
         later._seen = None if self._seen is None else self._seen.copy()
         for token in tokens:
             later.push(token)
-        return later
+        yield later
+        if self.constraint is not None:  # the two share it; after an error the sequence ends
+            self.constraint.rollback(len(tokens))
 
     def choose(self, logits: Row, position: int) -> int:
         """The token at ``position``, given the logits of the position before it."""
@@ -317,12 +332,14 @@ class Sampler:
             head = list(word[:-1])
             if not head or self._tail(len(head)) == head:
                 row[word[-1]] = -np.inf
+        if self.constraint is not None:
+            self.constraint.mask(row)
         if early:
             row[list(self._eos | set(p.stop_token_ids))] = -np.inf
         if not np.isfinite(row).any():
             raise NoTokenLeft(
-                "no token can be chosen: allowed_token_ids, bad_words, logit_bias and min_tokens "
-                "together ban the whole vocabulary"
+                "no token can be chosen: structured_outputs, allowed_token_ids, bad_words, "
+                "logit_bias and min_tokens together ban the whole vocabulary"
             )
         return row
 

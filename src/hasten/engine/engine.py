@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hasten.cache.layout import PAGE_SIZE, KVStorage
 from hasten.cache.manager import CacheManager, Stream
 from hasten.cache.prefix import root_key
+from hasten.decoding.constraints.base import ConstrainContext, Constraining, ConstraintError
 from hasten.decoding.params import SamplingParams
 from hasten.decoding.sampling import NoTokenLeft, Sampler
 from hasten.decoding.text import TextStream
@@ -171,6 +172,9 @@ class Engine:
         """Set it to have the native operations of each step counted (``profiling``)."""
         self._arrivals = 0
         self._drafts = "proposes-tokens" in stack["draft"].card.does
+        self.constraining: Constraining = stack["constrain"].start(
+            ConstrainContext(facts.vocab_size, tokenizer)
+        )
         self.control: Controlling = stack["control"].start(
             ControlContext(
                 draft=stack["draft"],
@@ -252,6 +256,10 @@ class Engine:
         if not params.ignore_eos:  # a checkpoint may name ids beyond its own vocabulary
             vocab = self.model.config.vocab_size
             eos = frozenset(t for t in self.model.config.eos_ids if 0 <= t < vocab)
+        try:
+            constraint = self.constraining.open(params, eos)
+        except ConstraintError as error:
+            raise RequestRefused(str(error)) from None
         request = Request(
             request_id,
             self._arrivals,
@@ -273,12 +281,13 @@ class Engine:
         now = self.clock.now()
         for index in range(params.n):
             tokens = list(prompt)
+            own = constraint.fork() if constraint is not None and index else constraint
             sequence = Sequence(
                 request=request,
                 index=index,
                 tokens=tokens,
                 stream=Stream(tokens, root),
-                sampler=Sampler(params, prompt, eos, seed, index, bad_words),
+                sampler=Sampler(params, prompt, eos, seed, index, bad_words, own),
                 figures=Figures(now),
                 text=texts[index] if texts else None,
             )
@@ -587,7 +596,7 @@ class Engine:
             return [0], delta
         try:
             path: list[int] = self.stack["verify"].verify(tree or _PLAIN, walk)
-        except NoTokenLeft as error:
+        except (NoTokenLeft, ConstraintError) as error:
             sequence.finish_reason, sequence.error = "error", str(error)
             return [0], delta
         except Exception as error:  # one sequence's trouble stays its own

@@ -75,7 +75,8 @@ class SequenceWalk:
         return self.sequence.sampler.law(self.rows.logits[self.root + node])
 
     def ahead(self, node: int, tokens: Seq[int]) -> NDArray[np.float64]:
-        return self.sequence.sampler.after(tokens).law(self.rows.logits[self.root + node])
+        with self.sequence.sampler.after(tokens) as later:
+            return later.law(self.rows.logits[self.root + node])
 
     def accept(self, probability: float) -> bool:
         return self._number() < probability
@@ -118,6 +119,9 @@ class SequenceWalk:
         if token in request.eos or token in request.params.stop_token_ids:
             return "stop"
         if sequence.text is not None and sequence.text.stopped_by is not None:
+            return "stop"
+        constraint = sequence.sampler.constraint
+        if constraint is not None and constraint.is_complete():
             return "stop"
         if len(sequence.tokens) >= request.limit:
             return "length"

@@ -79,7 +79,7 @@ class Tokenizer:
     ) -> TextStream:
         """Decode a text as its tokens arrive. ``context`` are the ids before it (the prompt):
         with them the first token keeps the space that would lead a text of its own."""
-        skipped = self._special if skip_special_tokens else frozenset()
+        skipped = self.special_ids if skip_special_tokens else frozenset()
         return TextStream(lambda ids: self.decode(ids, False), context, skipped)
 
     def token_text(self, token: int) -> str:
@@ -110,7 +110,7 @@ class Tokenizer:
         digest = hashlib.sha256()
         for token in range(self.vocab_size):
             raw = self.token_bytes(token)
-            digest.update(struct.pack("<I?", len(raw), token in self._special) + raw)
+            digest.update(struct.pack("<I?", len(raw), token in self.special_ids) + raw)
         ends = (self.bos_id, self.eos_id)
         digest.update(struct.pack("<2q", *(-1 if end is None else end for end in ends)))
         return digest.hexdigest()
@@ -120,7 +120,8 @@ class Tokenizer:
         return frozenset(self.core.get_added_tokens_decoder())
 
     @cached_property
-    def _special(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text, such as the end of a turn."""
         added = self.core.get_added_tokens_decoder()
         return frozenset(token for token, about in added.items() if about.special)
 

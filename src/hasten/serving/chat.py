@@ -29,7 +29,6 @@ def prepare(service: Service, body: Body) -> Job:
     request, others = DECODER.decode(body)
     ignored = fields.refuse_unsupported(others)
     service.check_model(request.model)
-    fields.check_format(request.response_format)
     fields.check_tools(request)
     fields.check_caps(request, config)
     if request.echo:
@@ -42,6 +41,7 @@ def prepare(service: Service, body: Body) -> Job:
         max_tokens=max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
+        structure=fields.structured_outputs(request, config),
     )
     if request.reasoning_effort is not None and not prompter.takes("reasoning_effort", request):
         ignored.append("reasoning_effort")  # clients send it to all models
@@ -62,6 +62,7 @@ def prepare(service: Service, body: Body) -> Job:
         cache_salt=request.cache_salt,
         priority=request.priority,
         ignored=ignored,
+        structure=fields.structure_field(request),
     )
 
 

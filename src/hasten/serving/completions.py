@@ -34,7 +34,6 @@ def prepare(service: Service, body: Body) -> Job:
     request, others = DECODER.decode(body)
     ignored = fields.refuse_unsupported(others)
     service.check_model(request.model)
-    fields.check_format(request.response_format)
     fields.check_caps(request, config)
     max_tokens = DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
     n = 1 if request.n is None else request.n
@@ -47,6 +46,7 @@ def prepare(service: Service, body: Body) -> Job:
         max_tokens=max_tokens,
         logprobs=0 if request.logprobs is None and best_of > n else request.logprobs,
         prompt_logprobs=max(wanted, default=None),
+        structure=fields.structured_outputs(request, config),
     )
     prompts, texts = prompter.prompts(
         request.prompt,
@@ -76,6 +76,7 @@ def prepare(service: Service, body: Body) -> Job:
         cache_salt=request.cache_salt,
         priority=request.priority,
         ignored=ignored,
+        structure=fields.structure_field(request),
     )
 
 

@@ -58,7 +58,7 @@ class Job:
     Attributes:
         writer: makes the `Writer`, given the id of the answer and its time in seconds since 1970.
         ignored: names of fields that nobody knows.
-        truncated: whether prompts were cut.
+        structure: the field that says what the text must be, if one does.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Job:
         priority: int | None,
         ignored: list[str],
         embed: bool = False,
+        structure: str | None = None,
     ) -> None:
         self.prompts = prompts
         self.params = params
@@ -84,6 +85,7 @@ class Job:
         self.priority = max(-(2**31), min(2**31 - 1, priority or 0))
         self.ignored = ignored
         self.embed = embed
+        self.structure = structure
 
 
 class ClientGone(Exception):
@@ -202,7 +204,7 @@ class Exchange(Response):
                     record.take(piece, prompt=prompt)
                     ticket.began(prompt, piece.index)
                     if piece.finish_reason == "error":
-                        raise _engine_error(piece.error or "", record.id)
+                        raise _engine_error(piece.error or "", record.id, job.structure)
                     if not job.stream:
                         writer.collect(prompt, piece)
                     elif events := writer.events(prompt, piece):
@@ -212,7 +214,8 @@ class Exchange(Response):
             if not error.client_error:
                 logger.error("request %s: the engine failed to take it: %s", record.id, error)
                 raise internal() from None
-            raise invalid(str(error)) from None
+            at_fault = job.structure if str(error).startswith("structured_outputs") else None
+            raise invalid(str(error), at_fault) from None
         except EngineStopped:
             raise self.service.stopped() from None
         finally:
@@ -376,8 +379,10 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _engine_error(text: str, request_id: str) -> ApiError:
+def _engine_error(text: str, request_id: str, structure: str | None) -> ApiError:
     """What a piece with an error means: the request leaves nothing to choose, or we failed."""
+    if text.startswith("structured_outputs"):
+        return invalid(text, structure, "structure_failed")
     if text.startswith("no token can be chosen"):
         return invalid(text, code="no_token_left")
     logger.error("request %s failed in the engine: %s", request_id, text)

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from hasten.decoding.params import SamplingParams
+from hasten.decoding.params import STRUCTURES, SamplingParams, StructuredOutputs
+from hasten.serving.bodies import check_depth
 from hasten.serving.config import ServeConfig
 from hasten.serving.errors import ApiError, invalid, unsupported
 
@@ -40,7 +41,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "repetition_detection": (),
-    "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
     "top_n_sigma": (-1, 0),
@@ -125,6 +125,10 @@ class Generation(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     """Requests share cached prefixes only with requests of the same salt."""
     response_format: dict[str, Any] | None = None
+    """``{"type": "text"}``, ``{"type": "json_object"}`` (perhaps with a ``schema``), or
+    ``{"type": "json_schema", "json_schema": {"schema": ...}}``."""
+    structured_outputs: dict[str, Any] | None = None
+    """One of the fields of `hasten.decoding.params.StructuredOutputs`."""
 
     def limit(self) -> int | None:
         """Tokens to generate at most, as the client said."""
@@ -216,9 +220,46 @@ def check_tools(request: ChatRequest) -> None:
         raise unsupported("tool_choice", "Leave it out, or send 'auto' or 'none'.")
 
 
-def check_format(response_format: dict[str, Any] | None) -> None:
-    if response_format is not None and response_format.get("type") != "text":
-        raise unsupported("response_format", "Only {'type': 'text'} is.")
+def structure_field(request: Generation) -> str | None:
+    """The name of the field that says what the text must be, if one does."""
+    if request.structured_outputs is not None:
+        return "structured_outputs"
+    free = request.response_format is None or request.response_format.get("type") == "text"
+    return None if free else "response_format"
+
+
+def structured_outputs(request: Generation, config: ServeConfig) -> StructuredOutputs | None:
+    """What the text must be. Raises ApiError (400) for what is no schema at sight; the engine
+    refuses what does not compile."""
+    field = structure_field(request)
+    if field is None:
+        return None
+    if field == "response_format":
+        wanted = _format(request.response_format or {})
+    elif (request.response_format or {"type": "text"}).get("type") != "text":
+        raise invalid("response_format and structured_outputs exclude each other", field)
+    else:
+        wanted = {k: v for k, v in (request.structured_outputs or {}).items() if v is not None}
+    if unknown := wanted.keys() - set(STRUCTURES):
+        raise unsupported(field, f"Its fields are {', '.join(STRUCTURES)}, not {min(unknown):.40}.")
+    check_depth(field, wanted, config.max_json_depth)
+    try:
+        return StructuredOutputs(**wanted)
+    except (ValueError, TypeError) as error:
+        raise invalid(str(error), field) from None
+
+
+def _format(given: dict[str, Any]) -> dict[str, Any]:
+    """``response_format`` as a field of `StructuredOutputs`."""
+    kind, schema = given.get("type"), given.get("schema")
+    if kind == "json_object":
+        return {"json_object": True} if schema is None else {"json": schema}
+    if kind != "json_schema":
+        raise unsupported("response_format", "Its types are text, json_object and json_schema.")
+    about = given.get("json_schema")
+    if not isinstance(about, dict) or about.get("schema") is None:
+        raise invalid("response_format: json_schema has no schema", "response_format")
+    return {"json": about["schema"]}
 
 
 def cap(name: str, value: int | None, limit_name: str, limit: int) -> None:
@@ -268,6 +309,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    structure: StructuredOutputs | None,
 ) -> SamplingParams:
     """The fields as the engine wants them. Raises ApiError (400) for values it does not take."""
     given = {
@@ -305,6 +347,7 @@ def sampling_params(
             max_tokens=max_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured_outputs=structure,
             **given,
         )
     except (ValueError, OverflowError) as error:

@@ -300,7 +300,28 @@ def _bound(components: Schema, config: ServeConfig, vocabulary: int | None) -> N
             "maxProperties": config.max_logit_bias,
         },
         "encoding_format": {"enum": ["float", "base64"]},
-        "response_format": _object({"type": {"const": "text"}}),
+        "response_format": {
+            "anyOf": [
+                _object({"type": {"enum": ["text", "json_object"]}}),
+                _object(
+                    {
+                        "type": {"const": "json_schema"},
+                        "json_schema": _object({"schema": {"anyOf": [_OPEN, _TEXT]}}),
+                    }
+                ),
+            ]
+        },
+        "structured_outputs": {
+            "properties": {
+                "json": {"anyOf": [_OPEN, _TEXT, {"type": "null"}]},
+                "json_object": {"type": ["boolean", "null"]},
+                "regex": {"type": ["string", "null"]},
+                "choice": _nullable(_list({"type": "string", "minLength": 1})),
+                "grammar": {"type": ["string", "null"]},
+            },
+            "additionalProperties": False,
+            "minProperties": 1,
+        },
         "tool_choice": {"enum": ["auto", "none"]},
     }
     text = {"type": "string", "minLength": 1, "maxLength": config.max_stop_chars}

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hasten.decoding.params import SamplingParams
+from hasten.decoding.constraints.base import ConstraintState
+from hasten.decoding.params import SamplingParams, StructuredOutputs
 from hasten.decoding.sampling import Sampler
 from hasten.engine.engine import Engine, EngineConfig
 from hasten.models.base import Decoder
@@ -26,10 +27,12 @@ from hasten.speculation.drafters.nested import NestedDrafting
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 from tests.decoding.chi_square import chi2
+from tests.decoding.constraints.characters import in_characters
 from tests.speculation.examples import tiny_draft
 from tests.speculation.sampling_drafter import SamplingDrafter, card
 
 VOCAB = 8
+LETTERS = "abcdefgh"
 LENGTH = 3
 ROOT = 3
 ALPHA = 1e-4
@@ -92,6 +95,26 @@ def after(model: Decoder) -> Laws:
     return watching.found
 
 
+def constraint(model: Decoder, params: SamplingParams) -> ConstraintState | None:
+    """Where an output stands before its first token."""
+    engine = in_characters(Engine(model, Stack.parse(""), EngineConfig(max_sequences=1)), LETTERS)
+    return engine.constraining.open(params, frozenset())
+
+
+def constrained_law(model: Decoder, after: Laws, history: bool = True) -> NDArray[np.float64]:
+    """The same under `CONSTRAINED`."""
+    params, law = CONSTRAINED.resolved({}), np.ones((VOCAB,) * LENGTH)
+    for head, row in after.items():
+        state = constraint(model, params)
+        sampler = Sampler(params, [ROOT], frozenset(), 0, 0, (), state)
+        if not law[head].any():
+            continue  # no text begins so
+        for token in head if history else ():
+            sampler.push(token)
+        law[head] *= sampler.law(row).reshape((VOCAB,) + (1,) * (LENGTH - len(head) - 1))
+    return law
+
+
 def joint_law(after: Laws, params: SamplingParams, history: bool = True) -> NDArray[np.float64]:
     """The law of the texts, float64 [V, V, V], processed and filtered; ``history`` = as each
     text's own tokens demand."""
@@ -122,6 +145,7 @@ def sampled(
     engine = Engine(
         model, stack, EngineConfig(max_sequences=64, max_batch_tokens=512, prefix_reuse=False)
     )
+    in_characters(engine, LETTERS)
     counts = np.zeros((VOCAB,) * LENGTH)
     number = 0
     while number < count or engine.has_work:
@@ -160,14 +184,22 @@ PROCESSED = SamplingParams(
     logit_bias={2: 1.0, 6: -0.5},
     bad_words=[[1, 4], [5, 5]],
 )
-TESTS = 5 * (SEEDS + 1) * (len(PAIRS) + len(PROCESSED_PAIRS) + len(NESTED))
+CONSTRAINED = SamplingParams(
+    temperature=1,
+    structured_outputs=StructuredOutputs(regex="([a-d][efg]|[e-h][a-c]{2}|d)*"),
+)
+TESTS = 5 * (SEEDS + 1) * (len(PAIRS) + 2 * len(PROCESSED_PAIRS) + len(NESTED))
 
 
 def hold(
-    model: Decoder, after: Laws, stack: Callable[[int], Stack], params: SamplingParams, n: int
+    model: Decoder,
+    law: NDArray[np.float64],
+    stack: Callable[[int], Stack],
+    params: SamplingParams,
+    n: int,
 ) -> NDArray[np.float64]:
     """Each seed by itself, with a stack of its own, and all together. Returns the counts' sum."""
-    law, total = joint_law(after, params), np.zeros((VOCAB,) * LENGTH)
+    total = np.zeros((VOCAB,) * LENGTH)
     for seed in range(SEEDS):
         counts, accepted = sampled(model, stack(seed), params, n, seed)
         assert min(p_values(counts, law)) > ALPHA / TESTS, f"seed {seed}"
@@ -179,17 +211,27 @@ def hold(
 
 @pytest.mark.parametrize("pair", PAIRS, ids=", ".join)
 def test_the_law_of_sampled_texts(model: Decoder, after: Laws, pair: tuple[str, str]) -> None:
-    hold(model, after, partial(drawing, *pair), PLAIN, 400)
+    hold(model, joint_law(after, PLAIN), partial(drawing, *pair), PLAIN, 400)
 
 
 @pytest.mark.parametrize("pair", PROCESSED_PAIRS, ids=", ".join)
 def test_processors_see_the_history_of_each_path(
     model: Decoder, after: Laws, pair: tuple[str, str]
 ) -> None:
-    total = hold(model, after, partial(drawing, *pair), PROCESSED, 400)
+    total = hold(model, joint_law(after, PROCESSED), partial(drawing, *pair), PROCESSED, 400)
     of_the_root = joint_law(after, PROCESSED, history=False)
     possible = total * (of_the_root > 0)
     assert min(p_values(possible, of_the_root)) < ALPHA / TESTS, "the test would not notice"
+
+
+@pytest.mark.parametrize("pair", PROCESSED_PAIRS, ids=", ".join)
+def test_a_constraint_sees_the_history_of_each_path(
+    model: Decoder, after: Laws, pair: tuple[str, str]
+) -> None:
+    law = constrained_law(model, after)
+    total = hold(model, law, partial(drawing, *pair), CONSTRAINED, 400)
+    of_the_root = constrained_law(model, after, history=False)
+    assert min(p_values(total, of_the_root)) < ALPHA / TESTS, "the test would not notice"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +254,7 @@ def nested(folder: Path, verify: str) -> Stack:
 
 @pytest.mark.parametrize("verify", NESTED)
 def test_the_law_of_nested_drafts(model: Decoder, after: Laws, tmp_path: Path, verify: str) -> None:
-    hold(model, after, lambda seed: nested(tmp_path, verify), PLAIN, 400)
+    hold(model, joint_law(after, PLAIN), lambda seed: nested(tmp_path, verify), PLAIN, 400)
 
 
 def test_a_candidate_that_the_draft_model_did_not_draw_fails(
@@ -239,4 +281,4 @@ def test_a_candidate_that_the_draft_model_did_not_draw_fails(
 @pytest.mark.parametrize("pair", PAIRS, ids=", ".join)
 def test_the_law_of_many_sampled_texts(model: Decoder, after: Laws, pair: tuple[str, str]) -> None:
     """So many, over the seeds, that a bias of 0.01 in a token's law would be seen."""
-    hold(model, after, partial(drawing, *pair), PLAIN, 20_000)
+    hold(model, joint_law(after, PLAIN), partial(drawing, *pair), PLAIN, 20_000)

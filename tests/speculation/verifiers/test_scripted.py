@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hasten.decoding.params import SamplingParams
+from hasten.decoding.params import SamplingParams, StructuredOutputs
 from hasten.engine.engine import Engine, EngineConfig
 from hasten.models.base import Decoder
 from hasten.speculation.verifiers.scripted import ScriptedVerify
@@ -46,3 +46,8 @@ def test_the_same_again(tiny: Callable[..., Decoder]) -> None:
 def test_bad_parameter() -> None:
     with pytest.raises(ValueError, match="a probability lies between"):
         ScriptedVerify(1.5)
+
+
+def test_what_a_constraint_forbids_is_not_accepted_by_lot() -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputs(regex="a"))
+    assert "structured_outputs" in str(ScriptedVerify().refuses(params))

@@ -26,6 +26,8 @@ class ScriptedVerify:
             raise ValueError(f"alpha={self.alpha}: a probability lies between 0 and 1")
 
     def refuses(self, params: SamplingParams) -> str | None:
+        if params.structured_outputs is not None:
+            return "verify=scripted accepts what structured_outputs forbid; choose another verifier"
         return None
 
     def verify(self, tree: TokenTree, walk: Walk) -> list[int]:

@@ -1,0 +1,1 @@
+"""What the text of an output may be: one kind of constraint a file."""
