@@ -57,6 +57,7 @@ def as_json(
                 "name": c.name,
                 "items": c.items,
                 "loops": c.loops,
+                "decode_per_second": {name: spread.values for name, spread in c.speeds.items()},
                 "ratios": {name: spread.values for name, spread in c.ratios.items()},
             }
             for c in categories
@@ -73,7 +74,7 @@ def _row(row: Row) -> dict[str, Any]:
         "ratio": row.ratio.values,
         "output": row.output,
         "tau": row.tau,
-        "speculation": row.runs[0].speculation.to_json() if row.tau is not None else None,
+        "speculation": found.to_json() if (found := row.runs[0].speculation).drafted else None,
         "outside_percent": row.outside.values if row.outside else None,
     }
 

@@ -18,7 +18,11 @@ from hasten.stack import with_weights
 def compare(
     stacks: Annotated[
         list[str] | None,
-        typer.Argument(help="Stacks; the first is the baseline. 'plain' is no choices."),
+        typer.Argument(
+            help="Stacks; the first is the baseline. 'plain' is no choices. And other engines on "
+            "its weights: llama.cpp, openvino, ctranslate2, onnxruntime-genai, transformers, "
+            "transformers:prompt-lookup, transformers:assisted=MODEL."
+        ),
     ] = None,
     workload: Annotated[
         str, typer.Option("--workload", "-w", help="code, tasks, spec-bench, or a JSONL file.")
@@ -41,8 +45,8 @@ def compare(
         bool,
         typer.Option(
             "--peers",
-            help="Also measure other engines on the same weights: transformers, and those below "
-            "$HASTEN_PEERS. Every output then has --max-tokens tokens.",
+            help="Also measure all other engines that are there: transformers, and those below "
+            "$HASTEN_PEERS. Beside other engines every output has --max-tokens tokens.",
         ),
     ] = False,
     convert: o.Convert = False,
@@ -65,17 +69,21 @@ def compare(
 
       hasten compare --draft all --workload spec-bench --batch 1
 
+      hasten compare plain draft=prompt-lookup transformers:prompt-lookup -w tasks --batch 1
+
     With --batch 1 and prompts of several kinds there is a second table, by kind.
     """
     with o.one_line_errors():
         if not stacks and draft is None:
             raise typer.BadParameter("name stacks to compare, or drafters with --draft")
-        given = list(stacks or ["plain"])
+        from hasten.bench import workloads
+        from hasten.bench.peers.engines import Setup, named_peer
+
+        named = [(text, peer) for text in stacks or () if (peer := named_peer(text)) is not None]
+        given = [text for text in stacks or () if text not in dict(named)] or ["plain"]
         if draft is not None:
             given += [f"{given[0]},draft={name}" for name in _drafters(draft)]
         stacks = [text for one in given if (text := with_weights(one, weights)) is not None]
-        from hasten.bench import workloads
-
         if workload in workloads.WORKLOADS:
             items = workloads.workload(workload, limit)
         elif Path(workload).suffix == ".jsonl":
@@ -90,21 +98,22 @@ def compare(
         from hasten.api.frontend import Frontend
         from hasten.bench import comparison, report
         from hasten.bench.contestants import Contestant, HastenContestant, peer_contestants
-        from hasten.bench.peers.engines import Setup
         from hasten.methods import MethodError
         from hasten.stack import Stack
 
         chosen = [str(Stack.parse(text)) for text in stacks]
+        chosen += [text for text, _ in named]
         for name in chosen:
             if chosen.count(name) > 1:
-                o.fail(f"the stack '{name}' is given twice; each is measured once per round")
-        setup = Setup.find() if peers else None
+                o.fail(f"'{name}' is given twice; each is measured once per round")
+        setup = Setup.find() if peers or named else None
         # other engines run a batch to its full length, so then everybody does
-        params = o.sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=peers)
+        forced = setup is not None
+        params = o.sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=forced)
         contestants: list[Contestant] = []
         fronts: list[Frontend] = []
         absent: list[str] = []
-        asked = len(stacks) if draft is None else len(given) - len(_drafters(draft))
+        asked = len(stacks) if draft is None else len(stacks) - len(_drafters(draft))
         for place, text in enumerate(stacks):
             try:
                 front = Frontend(
@@ -125,7 +134,16 @@ def compare(
         with ExitStack() as open_peers:
             if setup is not None:
                 running, missing = open_peers.enter_context(
-                    peer_contestants(fronts[0], items, max_tokens, batch, setup, convert)
+                    peer_contestants(
+                        fronts[0],
+                        items,
+                        max_tokens,
+                        batch,
+                        setup,
+                        convert,
+                        named=[peer for _, peer in named],
+                        others=peers,
+                    )
                 )
                 contestants += running
                 absent += missing
