@@ -147,7 +147,7 @@ def compare(
                 )
                 contestants += running
                 absent += missing
-            with o.line_of_rounds(rounds) as show:
+            with o.line_of_rounds(rounds, len(contestants)) as show:
                 rows = comparison.compare(contestants, items, params, rounds, show)
         shape = f"{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens, greedy"
         if setup is not None:
