@@ -71,7 +71,8 @@ def compare(
 
       hasten compare plain draft=prompt-lookup transformers:prompt-lookup -w tasks --batch 1
 
-    With --batch 1 and prompts of several kinds there is a second table, by kind.
+    With --batch 1 and prompts of several kinds there are tables by kind, too. Engines with a
+    speculation of their own draft for one sequence at a time: --batch 1.
     """
     with o.one_line_errors():
         if not stacks and draft is None:
@@ -127,7 +128,8 @@ def compare(
             except MethodError as error:
                 if place < asked:
                     raise
-                absent.append(str(error))
+                name, said = str(Stack.parse(text)), str(error)
+                absent.append(said if said.startswith(name) else f"{name}: {said}")
                 continue
             fronts.append(front)
             contestants.append(HastenContestant(str(front.stack), front))
@@ -152,7 +154,8 @@ def compare(
         shape = f"{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens, greedy"
         if setup is not None:
             shape += report.beside_peers()
-        shape += "".join(f"; without {line}" for line in absent)
+        shape += f"; {rounds} {'round' if rounds == 1 else 'rounds'}"
+        shape += "".join(f"\n- without {line}" for line in absent)
         kinds = []
         if batch == 1 and len({item.category for item in items}) > 1:
             kinds = comparison.by_category(rows, items)
@@ -163,9 +166,9 @@ def compare(
             print(comparison.table(rows))
             if kinds:
                 print(f"\n{comparison.category_table(kinds)}")
-            print(f"\n{shape}; {rounds} rounds.\n{report.conditions().markdown()}")
+            print(f"\n{shape}\n\n{report.conditions().markdown()}")
         if output is not None:
-            for path in report.write(output, f"{model}: {workload}", rows, f"{shape}.", kinds):
+            for path in report.write(output, f"{model}: {workload}", rows, shape, kinds):
                 print(f"wrote {path}", file=sys.stderr)
 
 
