@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -95,7 +96,8 @@ def _plot(path: Path, title: str, rows: Sequence[Row]) -> Path | None:
         [m - min(v.values) for m, v in zip(middle, values, strict=True)],
         [max(v.values) - m for m, v in zip(middle, values, strict=True)],
     ]
-    axes.barh([row.name for row in rows], middle, xerr=spread, color="#4878a8", capsize=3)
+    names = [textwrap.fill(row.name, 48) for row in rows]
+    axes.barh(names, middle, xerr=spread, color="#4878a8", capsize=3)
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second (median, min to max)")
     axes.set_title(title, fontsize=10)

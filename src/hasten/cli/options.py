@@ -85,7 +85,7 @@ Convert = Annotated[
     bool,
     typer.Option(
         "--convert",
-        help="With --peers: first convert the checkpoint for engines that need it (minutes, "
+        help="First convert the checkpoint for other engines that need it (minutes, "
         "gigabytes; kept in $HASTEN_PEERS/models).",
     ),
 ]
