@@ -123,6 +123,7 @@ def compare(
                     max_sequences=batch,
                     max_length=max_length,
                     kv_bytes=kv_bytes,
+                    progress=True,
                     share=fronts,
                 )
             except MethodError as error:
