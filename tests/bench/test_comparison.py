@@ -10,7 +10,14 @@ import pytest
 
 from hasten import LLM, SamplingParams
 from hasten.bench import report
-from hasten.bench.comparison import Spread, agreement, compare, table
+from hasten.bench.comparison import (
+    Spread,
+    agreement,
+    by_category,
+    category_table,
+    compare,
+    table,
+)
 from hasten.bench.contestants import HastenContestant, Run
 from hasten.bench.workloads import Item
 
@@ -83,6 +90,49 @@ def test_agreement_counts_what_comes_before_a_difference(
     tokens: dict[str, list[int]], text: str
 ) -> None:
     assert agreement(tokens, {"a": [1, 2, 3], "b": [4]}) == text
+
+
+class Paced:
+    """A contestant that takes given seconds a token, by category."""
+
+    def __init__(self, name: str, pace: dict[str, float]) -> None:
+        self.name = name
+        self._pace = pace
+
+    def run(self, items: Sequence[Item], params: SamplingParams) -> Run:
+        return Run(
+            1.0,
+            {item.id: [7] * 5 for item in items},
+            ttft=[0.5],
+            tpot=[0.1],
+            spent={item.id: 4 * self._pace[item.category] for item in items},
+            decoded={item.id: 4 for item in items},
+        )
+
+
+def test_kinds_of_work_in_tokens_a_second_and_against_the_first(tmp_path: Path) -> None:
+    items = [Item(str(i), "x", category=("copy", "edit", "once")[i % 3]) for i in range(6)]
+    first = Paced("plain", {"copy": 0.1, "edit": 0.05, "once": 0.0})
+    second = Paced("other", {"copy": 0.025, "edit": 0.1, "once": 0.0})
+    rows = compare([first, second], items, PARAMS, rounds=2)
+    copy, edit = by_category(rows, items)  # nothing is known of tokens that came with the first
+    assert (copy.name, copy.items, copy.loops) == ("copy", 2, 0.0)
+    assert copy.speeds["plain"].values == pytest.approx([10, 10])
+    assert copy.speeds["other"].values == pytest.approx([40, 40])
+    assert copy.ratios.keys() == {"other"} and copy.ratios["other"].median == pytest.approx(4)
+    assert edit.ratios["other"].median == pytest.approx(0.5)
+    lines = category_table([copy, edit]).splitlines()
+    assert lines[0] == "| decode tokens/s of one sequence | copy | edit |"
+    assert lines[2] == "| `plain` | 10.0 (10.0-10.0) | 20.0 (20.0-20.0) |"
+    assert lines[3] == "| `other` | 40.0 (40.0-40.0) | 10.0 (10.0-10.0) |"
+    assert lines[5] == "| decoding against first | copy | edit |"
+    assert lines[-1] == "| `other` | 4.00 (4.00-4.00)x | 0.50 (0.50-0.50)x |"
+    _, data, _ = report.write(tmp_path, "t", rows, categories=[copy, edit])
+    kinds = json.loads(data.read_text())["categories"]
+    assert kinds[1]["decode_per_second"] == {
+        "plain": pytest.approx([20, 20]),
+        "other": pytest.approx([10, 10]),
+    }
 
 
 @pytest.fixture(scope="module")

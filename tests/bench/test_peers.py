@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,9 +17,18 @@ import torch
 
 from hasten import LLM, SamplingParams
 from hasten.bench import contestants
-from hasten.bench.contestants import PeerContestant, weights_name
+from hasten.bench.contestants import HastenContestant, PeerContestant, weights_name
 from hasten.bench.peers import engines
-from hasten.bench.peers.engines import LLAMA_CPP, ONNXRUNTIME, OPENVINO, PEERS, TRANSFORMERS, Setup
+from hasten.bench.peers.engines import (
+    LLAMA_CPP,
+    ONNXRUNTIME,
+    OPENVINO,
+    PEERS,
+    TRANSFORMERS,
+    Setup,
+    Speculation,
+    named_peer,
+)
 from hasten.bench.peers.process import RUNNERS, EngineProcess, PeerError
 from hasten.bench.workloads import Item
 from hasten.models.loading import REFERENCE
@@ -211,6 +221,11 @@ def test_groups_run_one_after_another_and_later_ones_wait(scripted: EngineProces
     assert run.tokens == {"0": [6] * 3, "1": [7] * 3, "2": [8] * 3}
     assert run.seconds == 5.0  # two groups of 2.5 s
     assert run.ttft == [0.5, 0.5, 3.0] and run.tpot == [1.0] * 3
+    assert run.spent == {"0": 2.0, "1": 2.0, "2": 2.0} and run.decoded == dict.fromkeys("012", 2)
+    assert run.speculation.tau == 1.0 and run.speculation.accepted == 0
+    one_by_one = PeerContestant("s", scripted, tokenizer=None, batch=1)
+    run = one_by_one.run(items, SamplingParams(max_tokens=3))
+    assert run.ttft == [0.5, 3.0, 3.0]  # arrives as the one before the one ahead has ended
     mixed = [Item("a", (5,), params={"max_tokens": 1}), Item("b", (5,))]
     with pytest.raises(ValueError, match="same max_tokens"):
         contestant.run(mixed, SamplingParams(max_tokens=3))
@@ -249,6 +264,115 @@ def test_transformers_gives_the_same_tokens_in_the_same_rounds(
     assert "GB/s" in data["shape"]
     for peer in PEERS[:-1]:
         assert f"without {peer.name}: HASTEN_PEERS names no folder" in data["shape"]
+
+
+SPECULATIONS = [Speculation("prompt-lookup"), Speculation("assisted", "reference-draft")]
+
+
+@pytest.mark.parametrize("speculation", SPECULATIONS, ids=str)
+def test_speculation_of_transformers_keeps_the_tokens(
+    speculation: Speculation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers.generation")
+    monkeypatch.delenv("HASTEN_PEERS", raising=False)
+    target = REFERENCE / "target"
+    sizes: dict[str, Any] = {"threads": 1, "length": 300, "sequences": 1}
+    weights = "weights=checkpoint(dtype=float32)"
+    llm = LLM("reference", stack=weights)
+    # the first repeats itself, so that drafts are accepted; the others end wherever they do
+    prompts = [llm.tokenizer.encode("def area(w, h):\n    return w * h\n" * 4), [400, 500, 600]]
+    process, name = Setup.find().start(
+        TRANSFORMERS, target, "float32", speculation=speculation, **sizes
+    )
+    assert name.startswith(f"transformers:{speculation} ") and name.endswith(" float32")
+    with process:
+        told = [process.ask(do="generate", prompts=[p], new=n) for p in prompts for n in (1, 25)]
+    for prompt, new, answer in zip(
+        [prompts[0]] * 2 + [prompts[1]] * 2, [1, 25] * 2, told, strict=True
+    ):
+        params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+        (expected,) = llm.generate([prompt], params)
+        assert answer["tokens"] == [list(expected.outputs[0].token_ids)]
+        times = answer["times"]
+        assert len(times) == new and times == sorted(times) and times[0] > 0
+    assert len(set(told[1]["times"])) < 25  # some steps gave several tokens
+
+
+def test_engines_and_their_speculation_by_name() -> None:
+    assert named_peer("plain") is named_peer("draft=model(path=a:b)") is None
+    assert named_peer("llama.cpp") == (LLAMA_CPP, None)
+    assert named_peer("transformers:prompt-lookup") == (TRANSFORMERS, SPECULATIONS[0])
+    assert named_peer("transformers:assisted=reference-draft") == (TRANSFORMERS, SPECULATIONS[1])
+    ways = "give one of transformers, transformers:prompt-lookup, transformers:assisted=MODEL"
+    for text, words in {
+        "transformers:eagle": f"no speculation 'eagle' is measured; {ways}",
+        "transformers:": ways,
+        "llama.cpp:prompt-lookup": "give one of llama.cpp$",
+        "transformers:assisted": "is written transformers:assisted=MODEL",
+        "transformers:assisted=": "is written transformers:assisted=MODEL",
+        "transformers:prompt-lookup=5": "is written transformers:prompt-lookup$",
+    }.items():
+        with pytest.raises(PeerError, match=words):
+            named_peer(text)
+
+
+def test_speculation_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HASTEN_PEERS", raising=False)
+    sizes: dict[str, Any] = {"threads": 1, "length": 64}
+    target = REFERENCE / "target"
+
+    def start(draft: str | Path, sequences: int = 1) -> None:
+        assisted = Speculation("assisted", str(draft))
+        Setup.find().start(
+            TRANSFORMERS, target, "float32", speculation=assisted, sequences=sequences, **sizes
+        )
+
+    with pytest.raises(PeerError, match=r"assisted=reference-draft: one .* not 4; --batch 1"):
+        start("reference-draft", sequences=4)
+    with pytest.raises(ValueError, match=r"no such folder.*/no/where"):
+        start("/no/where")
+    other = shutil.copytree(REFERENCE / "draft", tmp_path / "other")
+    facts = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(facts | {"vocab_size": 5000}))
+    with pytest.raises(PeerError, match=r"different vocabularies \(5000 ids against 4096\); give"):
+        start(other)
+    (other / "config.json").write_text(json.dumps(facts))
+    words = json.loads((other / "tokenizer.json").read_text())
+    ids = words["model"]["vocab"]
+    ids["def"], ids["if"] = ids["if"], ids["def"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(PeerError, match=r"2 tokens have other ids, such as 'def'"):
+        start(other)
+
+
+def test_conversations_go_on_with_the_engines_own_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HASTEN_PEERS", raising=False)
+    talk = Item("talk", turns=("Name a colour.", "And another one?"))
+    items = [talk, Item("single", "x = 1\n" * 5), Item("other", turns=("What is 2 + 2?",))]
+    front = LLM("reference", stack="weights=checkpoint(dtype=float32)", max_sequences=1).frontend
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    expected = HastenContestant("h", front).run(items, params)
+    with contestants.peer_contestants(
+        front, items, 6, 1, Setup.find(), named=[(TRANSFORMERS, None)], others=False
+    ) as ((theirs,), absent):
+        run = theirs.run(items, params)
+    assert absent == [] and run.tokens == expected.tokens
+    assert [len(tokens) for tokens in run.tokens.values()] == [12, 6, 6]
+    assert run.decoded == expected.decoded == {"talk": 10, "single": 5, "other": 5}
+    assert len(run.ttft) == len(run.tpot) == 4 and run.spent.keys() == run.tokens.keys()
+
+
+def test_a_named_engine_must_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HASTEN_PEERS", raising=False)
+    front = LLM("reference", max_sequences=1, kv_bytes=1 << 22).frontend
+    items = [Item("a", (5,))]
+    with (
+        pytest.raises(PeerError, match="onnxruntime-genai: HASTEN_PEERS names no folder"),
+        contestants.peer_contestants(
+            front, items, 3, 1, Setup(None), named=[(ONNXRUNTIME, None)], others=False
+        ),
+    ):
+        pass
 
 
 def test_processes_are_ended_when_a_comparison_fails(

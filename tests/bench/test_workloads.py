@@ -63,14 +63,18 @@ def test_external_data_has_to_be_pointed_at(
     with pytest.raises(WorkloadError, match="missing"):
         workloads.spec_bench(3)
     (tmp_path / "prompts").mkdir()
-    rows = [{"question_id": i, "category": "writing", "turns": ["a", "b"]} for i in range(81, 90)]
+    kinds = ["writing", "coding", "qa"]
+    rows = [{"question_id": i, "category": kinds[i // 3], "turns": ["a", "b"]} for i in range(9)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "prompts" / "spec_bench_even.jsonl").write_text(lines)
     monkeypatch.setenv("HASTEN_DATA", str(tmp_path))
-    assert workloads.workload("spec-bench", 2) == [
-        Item("81", turns=("a", "b"), category="writing"),
-        Item("82", turns=("a", "b"), category="writing"),
+    some = workloads.workload("spec-bench", 8)  # categories in turns; one has three, one has six
+    assert [item.id for item in some] == ["0", "6", "1", "7", "2", "8", "3", "4"]
+    assert some[:2] == [
+        Item("0", turns=("a", "b"), category="mt-bench"),
+        Item("6", turns=("a", "b"), category="qa"),
     ]
+    assert [item.id for item in workloads.workload("spec-bench")] == list("012345678")
 
 
 def test_the_real_questions_can_be_read() -> None:
@@ -78,7 +82,7 @@ def test_the_real_questions_can_be_read() -> None:
         items = workloads.spec_bench()
     except WorkloadError as error:
         pytest.skip(str(error))
-    assert len(items) > 100
+    assert len(items) > 100 and len({item.category for item in items}) == 6
     assert all(item.turns and all(isinstance(t, str) for t in item.turns) for item in items)
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from hasten.cli import options
 from tests.cli.common import assert_one_line, hasten, write_lines
 
 SMALL = ("--max-tokens", 6, "--limit", 3, "--batch", 3, "--rounds", 2)
@@ -51,6 +56,41 @@ def test_compare_refuses_before_it_measures(questions: Path, tmp_path: Path) -> 
     assert_one_line(hasten("compare", "plain", "-w", questions, "-o", questions), "exists")
     assert hasten("compare", "plain", "-w", questions, "--rounds", 0).exit_code == 2
     assert hasten("compare").exit_code == 2
+
+
+def test_compare_takes_other_engines_by_name(questions: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("HASTEN_PEERS", raising=False)
+    peer = "transformers:prompt-lookup"
+    sizes = ("--max-tokens", 12, "--limit", 2, "--rounds", 1)
+    result = hasten("compare", peer, "-w", questions, "--weights", "bf16", *sizes, "--batch", 1)
+    assert result.exit_code == 0, result.stderr
+    ours, theirs = (line for line in result.stdout.splitlines() if line.startswith("| `"))
+    assert "weights=checkpoint" in ours and f"`{peer} " in theirs and " bfloat16`" in theirs
+    assert "without" not in result.stdout  # of the other engines none was asked for
+    result = hasten("compare", "plain", peer, "-w", questions, *sizes, "--batch", 2)
+    assert_one_line(result, f"{peer}: one sequence at a time, not 2; --batch 1")
+    result = hasten("compare", "plain", "transformers:assisted=/no", "-w", questions, "--batch", 1)
+    assert_one_line(result, "no such folder", "/no")
+    assert_one_line(hasten("compare", peer, peer, "-w", questions), "given twice")
+    assert_one_line(hasten("compare", "transformers:medusa", "-w", questions), "'medusa'", "give")
+
+
+def test_the_line_of_rounds_tells_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 30.0, 60.0, 3000.0])
+    monkeypatch.setattr(options, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with options.line_of_rounds(2, 2) as show:
+        for name, round_ in (("one", 0), ("two", 0), ("two", 1), ("a" * 500, 1)):
+            show(name, round_)
+    lines = capsys.readouterr().err.split("\r\033[K")[1:]
+    assert lines[0] == "warming up, 1 of 2: one"
+    assert lines[1] == "warming up, 2 of 2, about 2 min left: two"  # five more of 30 s
+    assert lines[2] == "round 1 of 2, 1 of 2, about 2 min left: two"
+    assert lines[3].startswith("round 1 of 2, 2 of 2, about 50 min left: aaa")
+    assert len(lines[3]) < shutil.get_terminal_size().columns and lines[4] == ""
+    assert options.duration(59) == "59 s" and options.duration(3 * 3600 + 301) == "3 h 5 min"
 
 
 def test_bench_latency_as_json() -> None:

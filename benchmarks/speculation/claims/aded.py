@@ -31,7 +31,7 @@ def measure(
 ) -> dict[str, Any]:
     """Tau of each arm over the two streams, in all and by quarter of a stream."""
     plain = LLM(model, max_sequences=1)
-    questions = spec_bench(requests)
+    questions = spec_bench()[:requests]
     prompts = [str(item.prompt) for item in code(requests)]
     prompts += [plain.chat_prompt([{"role": "user", "content": q.turns[0]}]) for q in questions]
     params = params_of(2 * requests, tokens, temperature)

@@ -150,46 +150,80 @@ class Category:
 
     Attributes:
         loops: share of the baseline's outputs that end in a loop, which any drafter guesses.
-        ratios: decoding speed (first token to last) against the baseline's, by contestant.
+        speeds: decode tokens/s of one sequence (tokens after the first by the seconds from the
+            first to the last, summed over the items), by contestant.
+        ratios: the same against the baseline, round by round, of the others.
     """
 
     name: str
     items: int
     loops: float
+    speeds: dict[str, Spread]
     ratios: dict[str, Spread]
 
 
 def by_category(rows: Sequence[Row], items: Sequence[Item]) -> list[Category]:
     """The comparison for each category of the items. Meant for one item at a time: an item's
-    seconds are then its own. Prompts do not count, since drafts do nothing for them."""
+    seconds are then its own. Prompts do not count, since drafts do nothing for them. Categories
+    without a token after the first are left out."""
     found: dict[str, list[str]] = {}
     for item in items:
         found.setdefault(item.category, []).append(item.id)
     base = rows[0]
     categories = []
     for name, ids in found.items():
+        if not all(sum(run.spent[i] for i in ids) for row in rows for run in row.runs):
+            continue
         loops = sum(ends_in_loop(base.runs[0].tokens[i]) for i in ids) / len(ids)
+        speeds = {
+            row.name: Spread(
+                [
+                    sum(run.decoded[i] for i in ids) / sum(run.spent[i] for i in ids)
+                    for run in row.runs
+                ]
+            )
+            for row in rows
+        }
         ratios = {
             row.name: Spread(
                 [
-                    sum(plain.spent[i] for i in ids) / sum(run.spent[i] for i in ids)
-                    for run, plain in zip(row.runs, base.runs, strict=True)
+                    own / plain
+                    for own, plain in zip(
+                        speeds[row.name].values, speeds[base.name].values, strict=True
+                    )
                 ]
             )
             for row in rows[1:]
-            if row.runs[0].spent
         }
-        categories.append(Category(name, len(ids), loops, ratios))
+        categories.append(Category(name, len(ids), loops, speeds, ratios))
     return categories
 
 
 def category_table(categories: Sequence[Category]) -> str:
-    """Contestants by categories, in Markdown: speed against the baseline, median (min-max)."""
-    head = ["decoding against first", *(c.name or "all" for c in categories)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    """Contestants by categories, in two Markdown tables: decode tokens/s of one sequence, and
+    the same against the baseline; median (min-max)."""
+    names = [c.name or "all" for c in categories]
     shares = [f"{100 * c.loops:.0f} % of {c.items}" for c in categories]
-    lines.append("| plain outputs that end in a loop | " + " | ".join(shares) + " |")
-    for name in categories[0].ratios:
-        cells = [f"{c.ratios[name]}x" for c in categories]
-        lines.append(f"| {_code(name)} | " + " | ".join(cells) + " |")
+    lines = [
+        *_head("decode tokens/s of one sequence", names),
+        *(
+            _cells(_code(name), [str(c.speeds[name]) for c in categories])
+            for name in categories[0].speeds
+        ),
+        "",
+        *_head("decoding against first", names),
+        _cells("plain outputs that end in a loop", shares),
+        *(
+            _cells(_code(name), [f"{c.ratios[name]}x" for c in categories])
+            for name in categories[0].ratios
+        ),
+    ]
     return "\n".join(lines)
+
+
+def _head(first: str, names: Sequence[str]) -> list[str]:
+    return [_cells(first, names), "|" + "---|" * (1 + len(names))]
+
+
+def _cells(first: str, others: Sequence[str]) -> str:
+    return "| " + " | ".join([first, *others]) + " |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -57,6 +58,7 @@ def as_json(
                 "name": c.name,
                 "items": c.items,
                 "loops": c.loops,
+                "decode_per_second": {name: spread.values for name, spread in c.speeds.items()},
                 "ratios": {name: spread.values for name, spread in c.ratios.items()},
             }
             for c in categories
@@ -73,7 +75,7 @@ def _row(row: Row) -> dict[str, Any]:
         "ratio": row.ratio.values,
         "output": row.output,
         "tau": row.tau,
-        "speculation": row.runs[0].speculation.to_json() if row.tau is not None else None,
+        "speculation": found.to_json() if (found := row.runs[0].speculation).drafted else None,
         "outside_percent": row.outside.values if row.outside else None,
     }
 
@@ -94,7 +96,8 @@ def _plot(path: Path, title: str, rows: Sequence[Row]) -> Path | None:
         [m - min(v.values) for m, v in zip(middle, values, strict=True)],
         [max(v.values) - m for m, v in zip(middle, values, strict=True)],
     ]
-    axes.barh([row.name for row in rows], middle, xerr=spread, color="#4878a8", capsize=3)
+    names = [textwrap.fill(row.name, 48) for row in rows]
+    axes.barh(names, middle, xerr=spread, color="#4878a8", capsize=3)
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second (median, min to max)")
     axes.set_title(title, fontsize=10)

@@ -10,7 +10,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -87,10 +87,38 @@ def tasks(count: int = 60, seed: int = 0, length: int = 384) -> list[Item]:
     return items
 
 
+MT_BENCH = frozenset(
+    ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+)
+"""Kinds of MT-bench, which Spec-Bench reports as one."""
+
+
 def spec_bench(count: int | None = None) -> list[Item]:
-    """Spec-Bench questions (chat, translation, summaries, QA, maths, retrieval; two-turn chats)."""
-    path = data_folder() / "prompts" / "spec_bench_even.jsonl"
-    return list(read_items(path))[:count]
+    """Spec-Bench questions (chat, translation, summaries, QA, maths, retrieval; two-turn chats).
+
+    All in their order, or ``count`` of them, for which the six categories take turns.
+
+    Source: Xia et al., "Unlocking Efficiency in Large Language Model Inference" (ACL 2024), with
+    the categories of its evaluation.
+    """
+    try:
+        path = data_folder() / "prompts" / "spec_bench_even.jsonl"
+        items = list(read_items(path))
+    except WorkloadError as error:
+        raise WorkloadError(
+            f"{error}. Spec-Bench's own file (github.com/hemingkx/Spec-Bench, "
+            "data/spec_bench/question.jsonl) is read as it is: --workload question.jsonl"
+        ) from None
+    items = [
+        replace(item, category="mt-bench") if item.category in MT_BENCH else item for item in items
+    ]
+    if count is None:
+        return items
+    kinds: dict[str, list[Item]] = {}
+    for item in items:
+        kinds.setdefault(item.category, []).append(item)
+    turns = chain.from_iterable(zip_longest(*kinds.values()))
+    return [item for item in turns if item is not None][:count]
 
 
 def random_tokens(count: int, length: int, output: int, vocab: int, seed: int = 0) -> list[Item]:

@@ -166,7 +166,8 @@ def _measure(
                 peer_contestants(front, items, output_len, batch, setup, convert)
             )
             contestants += running
-        with o.profiled(front.engine, profile), o.line_of_rounds(rounds) as show:
+        line = o.line_of_rounds(rounds, len(contestants))
+        with o.profiled(front.engine, profile), line as show:
             rows = comparison.compare(contestants, items, params, rounds, show)
     achieved, achievable = bandwidth_share(front.engine)
     shape = f"{count} prompts of {input_len} tokens, {output_len} generated, batch {batch}"

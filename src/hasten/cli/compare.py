@@ -18,7 +18,11 @@ from hasten.stack import with_weights
 def compare(
     stacks: Annotated[
         list[str] | None,
-        typer.Argument(help="Stacks; the first is the baseline. 'plain' is no choices."),
+        typer.Argument(
+            help="Stacks; the first is the baseline. 'plain' is no choices. And other engines on "
+            "its weights: llama.cpp, openvino, ctranslate2, onnxruntime-genai, transformers, "
+            "transformers:prompt-lookup, transformers:assisted=MODEL."
+        ),
     ] = None,
     workload: Annotated[
         str, typer.Option("--workload", "-w", help="code, tasks, spec-bench, or a JSONL file.")
@@ -41,8 +45,8 @@ def compare(
         bool,
         typer.Option(
             "--peers",
-            help="Also measure other engines on the same weights: transformers, and those below "
-            "$HASTEN_PEERS. Every output then has --max-tokens tokens.",
+            help="Also measure all other engines that are there: transformers, and those below "
+            "$HASTEN_PEERS. Beside other engines every output has --max-tokens tokens.",
         ),
     ] = False,
     convert: o.Convert = False,
@@ -65,17 +69,22 @@ def compare(
 
       hasten compare --draft all --workload spec-bench --batch 1
 
-    With --batch 1 and prompts of several kinds there is a second table, by kind.
+      hasten compare plain draft=prompt-lookup transformers:prompt-lookup -w tasks --batch 1
+
+    With --batch 1 and prompts of several kinds there are tables by kind, too. Engines with a
+    speculation of their own draft for one sequence at a time: --batch 1.
     """
     with o.one_line_errors():
         if not stacks and draft is None:
             raise typer.BadParameter("name stacks to compare, or drafters with --draft")
-        given = list(stacks or ["plain"])
+        from hasten.bench import workloads
+        from hasten.bench.peers.engines import Setup, named_peer
+
+        named = [(text, peer) for text in stacks or () if (peer := named_peer(text)) is not None]
+        given = [text for text in stacks or () if text not in dict(named)] or ["plain"]
         if draft is not None:
             given += [f"{given[0]},draft={name}" for name in _drafters(draft)]
         stacks = [text for one in given if (text := with_weights(one, weights)) is not None]
-        from hasten.bench import workloads
-
         if workload in workloads.WORKLOADS:
             items = workloads.workload(workload, limit)
         elif Path(workload).suffix == ".jsonl":
@@ -90,21 +99,22 @@ def compare(
         from hasten.api.frontend import Frontend
         from hasten.bench import comparison, report
         from hasten.bench.contestants import Contestant, HastenContestant, peer_contestants
-        from hasten.bench.peers.engines import Setup
         from hasten.methods import MethodError
         from hasten.stack import Stack
 
         chosen = [str(Stack.parse(text)) for text in stacks]
+        chosen += [text for text, _ in named]
         for name in chosen:
             if chosen.count(name) > 1:
-                o.fail(f"the stack '{name}' is given twice; each is measured once per round")
-        setup = Setup.find() if peers else None
+                o.fail(f"'{name}' is given twice; each is measured once per round")
+        setup = Setup.find() if peers or named else None
         # other engines run a batch to its full length, so then everybody does
-        params = o.sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=peers)
+        forced = setup is not None
+        params = o.sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=forced)
         contestants: list[Contestant] = []
         fronts: list[Frontend] = []
         absent: list[str] = []
-        asked = len(stacks) if draft is None else len(given) - len(_drafters(draft))
+        asked = len(stacks) if draft is None else len(stacks) - len(_drafters(draft))
         for place, text in enumerate(stacks):
             try:
                 front = Frontend(
@@ -113,28 +123,40 @@ def compare(
                     max_sequences=batch,
                     max_length=max_length,
                     kv_bytes=kv_bytes,
+                    progress=True,
                     share=fronts,
                 )
             except MethodError as error:
                 if place < asked:
                     raise
-                absent.append(str(error))
+                name, said = str(Stack.parse(text)), str(error)
+                absent.append(said if said.startswith(name) else f"{name}: {said}")
                 continue
             fronts.append(front)
             contestants.append(HastenContestant(str(front.stack), front))
         with ExitStack() as open_peers:
             if setup is not None:
                 running, missing = open_peers.enter_context(
-                    peer_contestants(fronts[0], items, max_tokens, batch, setup, convert)
+                    peer_contestants(
+                        fronts[0],
+                        items,
+                        max_tokens,
+                        batch,
+                        setup,
+                        convert,
+                        named=[peer for _, peer in named],
+                        others=peers,
+                    )
                 )
                 contestants += running
                 absent += missing
-            with o.line_of_rounds(rounds) as show:
+            with o.line_of_rounds(rounds, len(contestants)) as show:
                 rows = comparison.compare(contestants, items, params, rounds, show)
         shape = f"{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens, greedy"
         if setup is not None:
             shape += report.beside_peers()
-        shape += "".join(f"; without {line}" for line in absent)
+        shape += f"; {rounds} {'round' if rounds == 1 else 'rounds'}"
+        shape += "".join(f"\n- without {line}" for line in absent)
         kinds = []
         if batch == 1 and len({item.category for item in items}) > 1:
             kinds = comparison.by_category(rows, items)
@@ -145,9 +167,9 @@ def compare(
             print(comparison.table(rows))
             if kinds:
                 print(f"\n{comparison.category_table(kinds)}")
-            print(f"\n{shape}; {rounds} rounds.\n{report.conditions().markdown()}")
+            print(f"\n{shape}\n\n{report.conditions().markdown()}")
         if output is not None:
-            for path in report.write(output, f"{model}: {workload}", rows, f"{shape}.", kinds):
+            for path in report.write(output, f"{model}: {workload}", rows, shape, kinds):
                 print(f"wrote {path}", file=sys.stderr)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +85,7 @@ Convert = Annotated[
     bool,
     typer.Option(
         "--convert",
-        help="With --peers: first convert the checkpoint for engines that need it (minutes, "
+        help="First convert the checkpoint for other engines that need it (minutes, "
         "gigabytes; kept in $HASTEN_PEERS/models).",
     ),
 ]
@@ -167,15 +169,34 @@ def folder_to_write(path: Path | None) -> None:
             fail(f"{path}: no permission to write")
 
 
+def duration(seconds: float) -> str:
+    """A time to wait, as coarse as an estimate is: 40 s, 12 min, 1 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 @contextmanager
-def line_of_rounds(rounds: int) -> Iterator[Callable[[str, int], None]]:
-    """A line on a terminal that says which round runs (0 warms up), wiped at the end."""
+def line_of_rounds(rounds: int, contestants: int) -> Iterator[Callable[[str, int], None]]:
+    """A line on a terminal that says which round runs (0 warms up), who, and how long all will
+    take if the rest is as fast as what was seen; wiped at the end."""
     terminal = sys.stderr.isatty()
+    began = time.monotonic()
+    done = 0
 
     def show(name: str, round_: int) -> None:
+        nonlocal done
         if terminal:
             what = f"round {round_} of {rounds}" if round_ else "warming up"
-            print(f"\r\033[K{what}: {name}", end="", file=sys.stderr, flush=True)
+            left = ""
+            if done:
+                seconds = (time.monotonic() - began) / done * ((rounds + 1) * contestants - done)
+                left = f", about {duration(seconds)} left"
+            line = f"{what}, {done % contestants + 1} of {contestants}{left}: {name}"
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be wiped
+            print(f"\r\033[K{line[:width]}", end="", file=sys.stderr, flush=True)
+        done += 1
 
     try:
         yield show

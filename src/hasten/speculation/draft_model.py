@@ -116,13 +116,7 @@ def load_draft(path: str, context: DraftContext, format: WeightFormat | None = N
 def check_vocabulary(model: Decoder, folder: Path, context: DraftContext) -> None:
     """Refuse a draft model whose token ids mean something else than the target's."""
     own, targets = model.config.vocab_size, context.model.config.vocab_size
-    differ = f"{own} ids against {targets}" if own != targets else ""
-    if not differ and context.tokenizer is not None:
-        vocabulary = Tokenizer.load(folder).core.get_vocab(with_added_tokens=True)
-        known = context.tokenizer.core.get_vocab(with_added_tokens=True)
-        if other := {token for token, _ in vocabulary.items() ^ known.items()}:
-            differ = f"{len(other)} tokens have other ids, such as {min(other)!r}"
-    if differ:
+    if differ := vocabulary_difference(folder, own, targets, context.tokenizer):
         raise MethodError(
             f"the draft model {folder.name} and the target have different vocabularies ({differ}); "
             "take a draft of the target's family, or train one: hasten train draft"
@@ -132,6 +126,22 @@ def check_vocabulary(model: Decoder, folder: Path, context: DraftContext) -> Non
             f"the draft model {folder.name} was made for {model.config.max_positions} positions, "
             f"the target runs up to {context.max_length}; lower max_length or take another draft"
         )
+
+
+def vocabulary_difference(folder: Path, own: int, targets: int, known: Tokenizer | None) -> str:
+    """How a draft model's ``own`` ids differ from a target's, whose tokenizer may be ``known``.
+
+    Returns:
+        A few words, or "" if the same ids mean the same tokens.
+    """
+    if own != targets:
+        return f"{own} ids against {targets}"
+    if known is None:
+        return ""
+    drafts = Tokenizer.load(folder).core.get_vocab(with_added_tokens=True)
+    theirs = known.core.get_vocab(with_added_tokens=True)
+    other = {token for token, _ in drafts.items() ^ theirs.items()}
+    return f"{len(other)} tokens have other ids, such as {min(other)!r}" if other else ""
 
 
 class DraftModel:

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hasten.bench.peers.process import RUNNERS, EngineProcess, PeerError
@@ -44,6 +44,7 @@ class Peer:
             8 bits (or what the engine chooses beyond 4), ``int4-head4`` one of 4 bits.
         commands: (setup, checkpoint, form, target) -> what converts the checkpoint; None where
             the engine reads checkpoints itself.
+        speculation: the engine's own ways to draft -> whether one needs a draft model.
     """
 
     name: str
@@ -51,6 +52,61 @@ class Peer:
     runner: str
     forms: Mapping[str, str]
     commands: Callable[[Setup, Path, str, Path], list[Command]] | None = None
+    speculation: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How an engine drafts for itself.
+
+    Attributes:
+        name: a key of ``Peer.speculation``.
+        draft: path or id of the draft model, where it needs one.
+    """
+
+    name: str
+    draft: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.draft is None else f"{self.name}={self.draft}"
+
+    def told(self, checkpoint: Path) -> dict[str, str]:
+        """What a runner is told. Raises ``ValueError`` for a draft that cannot be the model's."""
+        from hasten.models.loading import locate, read_facts
+        from hasten.models.tokenizer import Tokenizer
+        from hasten.speculation.draft_model import vocabulary_difference
+
+        if self.draft is None:
+            return {"speculation": self.name}
+        folder = locate(self.draft)
+        own, targets = (read_facts(one).count("vocab_size") for one in (folder, checkpoint))
+        if differ := vocabulary_difference(folder, own, targets, Tokenizer.load(checkpoint)):
+            raise PeerError(
+                f"{self}: the draft model and {checkpoint.name} have different vocabularies "
+                f"({differ}); give a draft of the model's family"
+            )
+        return {"speculation": self.name, "draft": str(folder)}
+
+
+def named_peer(text: str) -> tuple[Peer, Speculation | None] | None:
+    """The engine in a text such as ``llama.cpp``, ``transformers:prompt-lookup`` or
+    ``transformers:assisted=MODEL``, with the speculation asked of it; None if there is no engine.
+
+    Raises:
+        PeerError: the engine has no such speculation, or its draft model is not named.
+    """
+    engine, colon, how = text.strip().partition(":")
+    peer = next((peer for peer in PEERS if peer.name == engine), None)
+    if peer is None or not colon:
+        return None if peer is None else (peer, None)
+    name, equals, draft = how.partition("=")
+    ways = {way: f"{engine}:{way}{'=MODEL' * drafts}" for way, drafts in peer.speculation.items()}
+    if name not in ways:
+        known = ", ".join([engine, *ways.values()])
+        raise PeerError(f"{engine}: no speculation '{name}' is measured; give one of {known}")
+    if bool(draft) != peer.speculation[name] or bool(equals) != bool(draft):
+        raise PeerError(f"'{text}' is written {ways[name]}")
+    return peer, Speculation(name, draft or None)
 
 
 @dataclass(frozen=True)
@@ -99,6 +155,7 @@ class Setup:
         length: int,
         sequences: int,
         convert: bool = False,
+        speculation: Speculation | None = None,
     ) -> tuple[EngineProcess, str]:
         """Load a checkpoint in an engine; returns the process and a name with version and form.
 
@@ -108,18 +165,23 @@ class Setup:
             length: longest sequence, prompt and output.
             sequences: sequences that run together.
             convert: whether to convert the checkpoint if that was not done before.
+            speculation: how the engine drafts; None = not at all.
 
         Raises:
             PeerError: the engine is not there, has no such weights, the checkpoint is not
                 converted, or it fails; the text says which.
         """
+        how = "" if speculation is None else f":{speculation}"
+        if speculation is not None and sequences > 1:
+            raise PeerError(f"{peer.name}{how}: one sequence at a time, not {sequences}; --batch 1")
         python = self.python(peer)
         if weights not in peer.forms:
             raise PeerError(f"{peer.name}: no form of {weights} weights")
         form = peer.forms[weights]
         model = self.converted(peer, checkpoint, form, convert)
+        extra = {} if speculation is None else speculation.told(checkpoint)
         process = EngineProcess(
-            f"{peer.name} {form}",
+            f"{peer.name}{how} {form}",
             [python, RUNNERS / peer.runner],
             self.environment(threads),
         )
@@ -131,11 +193,12 @@ class Setup:
                 threads=threads,
                 length=length,
                 sequences=sequences,
+                **extra,
             )
         except BaseException:
             process.close()
             raise
-        return process, f"{told['engine']} {told['version']} {form}"
+        return process, f"{told['engine']}{how} {told['version']} {form}"
 
     def converted(self, peer: Peer, checkpoint: Path, form: str, convert: bool) -> Path:
         """The checkpoint in an engine's form; made now if ``convert`` and it is not there."""
@@ -267,6 +330,7 @@ TRANSFORMERS = Peer(
     "venv-hf",
     "transformers_runner.py",
     {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"},
+    speculation={"prompt-lookup": False, "assisted": True},
 )
 PEERS = (LLAMA_CPP, OPENVINO, CTRANSLATE2, ONNXRUNTIME, TRANSFORMERS)
 

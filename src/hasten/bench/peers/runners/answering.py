@@ -4,10 +4,11 @@ Runners are run by the interpreter of the engine that they drive, which has no h
 files import nothing of it. Messages:
 
 - ``{"do": "load", "model": PATH, "weights": NAME, "threads": N, "length": TOKENS, "sequences": N}``
-  -> ``{"engine": NAME, "version": TEXT, ...}`` and the engine's other ``facts``
+  -> ``{"engine": NAME, "version": TEXT, ...}`` and the engine's other ``facts``. ``"speculation":
+  NAME`` and ``"draft": PATH`` come along where the engine is to draft (``Peer.speculation``).
 - ``{"do": "generate", "prompts": [[id, ...], ...], "new": N}`` -> ``{"times": [s, ...],
   "tokens": [[id, ...], ...]}``: greedy, exactly N tokens each, all prompts as one batch;
-  ``times`` holds the seconds from the start to each of the N steps.
+  ``times`` holds the seconds from the start to each of the N tokens; those of one step share it.
 - ``{"do": "verify", "context": N, "rows": [R, ...], "repeats": N}`` -> ``{"seconds":
   {R: [s, ...]}}``: a step of R rows behind a context with the logits of all of them; the R take
   turns.
@@ -39,7 +40,7 @@ class Engine(Protocol):
     def facts(self) -> dict[str, Any]: ...
 
     def generate(self, prompts: list[list[int]], new: int) -> tuple[list[float], list[list[int]]]:
-        """Seconds to each step, and the new tokens of each prompt."""
+        """Seconds to each token of a prompt, and the new tokens of each prompt."""
         ...
 
 
