@@ -6,11 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hasten import LLM, SamplingParams
+from hasten.bench.workloads import workload
 from hasten.speculation.statistics import DraftStatistics
 from hasten.speculation.trigrams import TrigramCounter, save
 from hasten.training.corpus import split, standard_library
 
 Outputs = list[list[int]]
+
+
+def prompts_of(llm: LLM, name: str, count: int) -> list[str]:
+    """Prompts of a workload; a conversation gives its first question, as a chat."""
+    return [
+        llm.chat_prompt([{"role": "user", "content": item.turns[0]}])
+        if item.turns
+        else str(item.prompt)
+        for item in workload(name, count)
+    ]
 
 
 def params_of(count: int, tokens: int, temperature: float) -> list[SamplingParams]:
