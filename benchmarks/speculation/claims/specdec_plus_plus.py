@@ -101,7 +101,7 @@ def judged(llm: LLM, prompts: Sequence[str], params: Sequence[SamplingParams]) -
         observe(report)
 
     object.__setattr__(control.head, "probability", probability)  # the head is frozen
-    control.observe = noted  # type: ignore[method-assign]
+    control.observe = noted
     run(llm, prompts, params)
     return np.array(rows, np.float64)
 
