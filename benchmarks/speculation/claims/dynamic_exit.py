@@ -62,14 +62,14 @@ def runs_of(
     runs: dict[str, dict[str, Reads]] = {}
     for name in DOMAINS:
         texts = prompts_of(llm, name, prompts)
-        plain = measure_reads(llm, engine_for(llm, "plain"), texts, tokens)
+        plain = measure_reads(engine_for(llm, "plain"), texts, tokens)
         runs[name] = {"plain": plain}
         settings = {"del": engine_for(llm, f"draft=del(head={cost})")}
         for number in range(decoder.config.num_layers - 1):
             for length in lengths:
                 settings[f"exit {number + 1}, {length} tokens"] = fixed(llm, number, length)
         for label, engine in settings.items():
-            found = runs[name][label] = measure_reads(llm, engine, texts, tokens)
+            found = runs[name][label] = measure_reads(engine, texts, tokens)
             if found.outputs != plain.outputs:
                 raise SystemExit(f"{label} changed the output")
     return size, runs
@@ -91,7 +91,7 @@ def measure(
         return found.tokens * size / found.bytes
 
     labels = [label for label in runs[DOMAINS[0]] if label != "del"]
-    per_domain = {
+    per_domain: dict[str, dict[str, Any]] = {
         name: {"del": speed(found["del"]), "best": max(labels, key=lambda n: speed(found[n]))}
         for name, found in runs.items()
     }
@@ -110,6 +110,11 @@ def measure(
         "above_any_single": stream["del"] > stream[single],
     }
     because = []
+    if not shape["exits_pay_at_all"]:
+        exit_of = max((label for label in labels if label != "plain"), key=stream.__getitem__)
+        because.append(
+            f"no exit pays: the best, {exit_of}, has {stream[exit_of]:.1%} of plain decoding's speed"
+        )
     if not shape["within_3_percent"]:
         because.append(
             "it has "

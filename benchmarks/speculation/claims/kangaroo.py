@@ -32,11 +32,11 @@ def sweep(
     """Figures for each eta over the prompts of a workload; every output is plain decoding's."""
     llm = LLM(model, max_sequences=1)
     texts = prompts_of(llm, name, prompts)
-    plain = measure_reads(llm, engine_for(llm, "plain"), texts, tokens)
+    plain = measure_reads(engine_for(llm, "plain"), texts, tokens)
     rows = {}
     for eta in ETAS:
         engine = engine_for(llm, f"draft=kangaroo(head={head},eta={eta})")
-        found = measure_reads(llm, engine, texts, tokens)
+        found = measure_reads(engine, texts, tokens)
         if found.outputs != plain.outputs:
             raise SystemExit(f"eta={eta} changed the output")
         rows[eta] = found.row(llm.engine.model.weight_bytes)
@@ -74,15 +74,17 @@ def measure(
     }
     because = []
     if not shape["best_threshold_is_inside"]:
-        wasted = rows[best]["wasted_per_token"]
         because.append(
-            f"the best eta is {best:g}, an end of the range, where {wasted:g} drafts a token are "
-            "wasted"
+            f"the best eta is {best:g}, an end of the range: there {rows[best]['wasted_per_token']:g} "
+            f"drafts a token are wasted, {rows[first]['wasted_per_token']:g} without a stop"
         )
     if not shape["faster_than_plain"]:
+        end = rows[last]
+        drafts = end["drafted_per_token"] * end["tau"]  # of a pass
+        price = (end["tau"] / end["tokens_per_read"] - 1) / drafts
         because.append(
-            f"at {rows[first]['tau']:.2f} tokens a pass at most the adapter is right too seldom "
-            f"to pay for its reads: {rows[best]['tokens_per_read']:.2f} of plain decoding's speed"
+            f"a draft reads {price:.0%} of the weights that a pass reads, which at most "
+            f"{rows[first]['tau']:.2f} tokens a pass do not pay for"
         )
     source = "a given adapter" if head else f"adapter trained on {train_tokens:,} tokens"
     return {

@@ -76,7 +76,7 @@ def better(curve: Sequence[dict[str, float]], point: dict[str, float]) -> float 
     return round(1 - float(verified) / point["verified"], 4)
 
 
-def judged(llm: LLM, prompts: Sequence[str], params: Sequence[SamplingParams]) -> Floats:
+def judged(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Floats:
     """One row a candidate that verification examined, float64 [n, 3]: what the head said of it,
     what it had said of the candidate before (NaN for the first), and whether it was accepted."""
     control = llm.engine.control
@@ -139,7 +139,7 @@ def calibration(rows: Floats, rejection: float) -> dict[str, Any]:
 
 
 def sweep(
-    model: str, draft: str, head: Path, mode: str, prompts: list[str], tokens: int
+    model: str, draft: str, head: Path, mode: str, prompts: list[list[int]], tokens: int
 ) -> dict[str, Any]:
     """All rules in one mode."""
     params = params_for(len(prompts), tokens, MODES[mode])
