@@ -57,7 +57,7 @@ def runs_of(
     decoder = llm.engine.model
     size = decoder.weight_bytes
     # what the head costs in layers, as reads count it
-    head = decoder.output.weight.nbytes  # type: ignore[attr-defined]
+    head = decoder.output.weight.nbytes
     cost = round(head * decoder.config.num_layers / (size - head), 2)
     runs: dict[str, dict[str, Reads]] = {}
     for name in DOMAINS:
@@ -113,7 +113,8 @@ def measure(
     if not shape["exits_pay_at_all"]:
         exit_of = max((label for label in labels if label != "plain"), key=stream.__getitem__)
         because.append(
-            f"no exit pays: the best, {exit_of}, has {stream[exit_of]:.1%} of plain decoding's speed"
+            f"no exit pays: the best, {exit_of}, has {stream[exit_of]:.1%} of plain decoding's "
+            "speed"
         )
     if not shape["within_3_percent"]:
         because.append(

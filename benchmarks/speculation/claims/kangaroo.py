@@ -75,8 +75,8 @@ def measure(
     because = []
     if not shape["best_threshold_is_inside"]:
         because.append(
-            f"the best eta is {best:g}, an end of the range: there {rows[best]['wasted_per_token']:g} "
-            f"drafts a token are wasted, {rows[first]['wasted_per_token']:g} without a stop"
+            f"the best eta is {best:g}, an end of the range: {rows[best]['wasted_per_token']:g} "
+            f"drafts a token are wasted there, {rows[first]['wasted_per_token']:g} without a stop"
         )
     if not shape["faster_than_plain"]:
         end = rows[last]
