@@ -109,9 +109,11 @@ def because(rows: list[dict[str, Any]], shape: dict[str, bool], hidden: Sequence
             if row["hidden"] == middle
         )
         said.append(f"alpha before alignment by length of pre-training: {', '.join(steps)}")
+        if shape["more_tokens_help"]:
+            said[-1] += ", so each doubling still gives more than the one before"
     if not shape["best_size_is_inside"]:
         sizes = (
-            f"{row['hidden']} {row['after']['mbsu']:.2f}"
+            f"{row['hidden']} {row['after']['mbsu']:.2f} (cost {row['cost']['parameter_ratio']:.2f})"
             for row in rows
             if row["tokens"] == longest
         )
