@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.random_checkpoint import write
+from benchmarks.speculation import claims_report
 from benchmarks.speculation.claims import smartspec
 from benchmarks.speculation.claims.request_stream import params_of, prompts_of
 from benchmarks.speculation.claims.specdec_plus_plus import (
@@ -96,3 +97,11 @@ def test_the_virtual_clock_decides_what_a_step_takes(tmp_path: Path) -> None:
     assert speed("k=4", 1.0, 2) == pytest.approx(10 / (smartspec.READ + 4 * smartspec.DRAFT))
     assert speed("k=4", 0.0, 40) == pytest.approx(40 / (200 * smartspec.ROW + 4 * smartspec.DRAFT))
     assert speed("auto", 0.7, 8) == speed("auto", 0.7, 8)
+
+
+def test_the_page_is_that_of_the_kept_results() -> None:
+    assert (claims_report.HERE / "claims.md").read_text() == claims_report.page()
+    for path in claims_report.RESULTS.glob("*.json"):
+        found = json.loads(path.read_text())
+        assert path.stem in claims_report.CLAIMS
+        assert found["shape_reproduced"] or found["because"], path.stem

@@ -113,7 +113,8 @@ def because(rows: list[dict[str, Any]], shape: dict[str, bool], hidden: Sequence
             said[-1] += ", so each doubling still gives more than the one before"
     if not shape["best_size_is_inside"]:
         sizes = (
-            f"{row['hidden']} {row['after']['mbsu']:.2f} (cost {row['cost']['parameter_ratio']:.2f})"
+            f"{row['hidden']} {row['after']['mbsu']:.2f} at a cost of "
+            f"{row['cost']['parameter_ratio']:.2f}"
             for row in rows
             if row["tokens"] == longest
         )
