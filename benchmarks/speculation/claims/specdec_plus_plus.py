@@ -28,7 +28,7 @@ from hasten.speculation.statistics import DraftStatistics
 from hasten.training.acceptance_head import HeadRecipe, make_head
 
 LENGTHS = tuple(range(1, 13))
-THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 """Up to near 1, as the head is trained to expect rejections (their loss weighs six times)."""
 COSTS = {"1/20": 1 / 20, "1/8": 1 / 8}
 """Of a draft pass, in target passes."""
