@@ -30,6 +30,7 @@ CLAIMS = {
     "trees": [],
     "easyspec": [],
     "pearl": [],
+    "tree_calibration": [],
     "specdec_plus_plus": [],
     "smartspec": [],
     "fastdraft": ["--tokens", "300000", "--align-tokens", "30000", "--no-compile"],
