@@ -4,7 +4,8 @@
     python benchmarks/speculation/claims_report.py aded trees  # these; the page keeps the others
 
 Each claim is a script in claims/ that prints JSON: the paper's claim, the scaled experiment, the
-figures, and for each part of the claim's shape whether it came out. The answers are kept in
+figures, for each part of the claim's shape whether it came out, and because of which figures it
+did not. The answers are kept in
 ``claims/results`` with the conditions under which they were taken.
 """
 
@@ -29,12 +30,15 @@ CLAIMS = {
     "trees": [],
     "easyspec": [],
     "pearl": [],
-    "fastdraft": [],
-    "s2d": [],
-    "dynamic_exit": [],
     "tree_calibration": [],
+    "specdec_plus_plus": [],
+    "smartspec": [],
+    "fastdraft": ["--tokens", "300000", "--align-tokens", "30000", "--no-compile"],
+    "s2d": ["--tokens", "500000", "--no-compile"],
+    "kangaroo": ["--train-tokens", "150000"],
+    "dynamic_exit": ["--train-tokens", "800000", "--prompts", "8"],
 }
-"""Scripts that run without further files, with their arguments."""
+"""Scripts with their arguments. Those that train have budgets of minutes on one core."""
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -49,7 +53,13 @@ def run(name: str, arguments: list[str]) -> None:
     )
     if done.returncode:
         raise SystemExit(f"{module} ended with {done.returncode}")
-    found = json.loads(done.stdout[done.stdout.index("{") :])
+    # those that train report progress before the answer
+    keep(name, arguments, json.loads(done.stdout[done.stdout.index("{") :]))
+
+
+def keep(name: str, arguments: list[str], found: dict[str, Any]) -> None:
+    """Write an answer with the conditions of now."""
+    module = f"benchmarks.speculation.claims.{name}"
     under = conditions()
     kept = {
         "date": under.date,
@@ -71,10 +81,10 @@ def page() -> str:
         "",
         "One row a claim: what the paper says, the scaled experiment, and which parts of the "
         "claim's shape came out. All figures: `claims/results/*.json`. Where a shape is not "
-        "reproduced, the row says which part is not.",
+        "reproduced, the row says which part is not, and which figures say so.",
         "",
-        "| script | claim | experiment | shape reproduced | parts |",
-        "|---|---|---|---|---|",
+        "| script | claim | experiment | shape reproduced | parts | because |",
+        "|---|---|---|---|---|---|",
     ]
     for path in sorted(RESULTS.glob("*.json")):
         found: dict[str, Any] = json.loads(path.read_text())
@@ -84,7 +94,8 @@ def page() -> str:
         )
         reproduced = "yes" if found["shape_reproduced"] else "**no**"
         lines.append(
-            f"| `{path.stem}` | {found['claim']} | {found['experiment']} | {reproduced} | {parts} |"
+            f"| `{path.stem}` | {found['claim']} | {found['experiment']} | {reproduced} | {parts} "
+            f"| {found.get('because', '')} |"
         )
     lines += ["", "## Conditions", ""]
     for path in sorted(RESULTS.glob("*.json")):

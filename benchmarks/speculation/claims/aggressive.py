@@ -58,11 +58,19 @@ def measure(
         "two to three passes a change, or less": all(row["passes_a_change"] <= 3 for row in rows),
         "7 times fewer passes with the fewest changes": rows[0]["fewer_passes"] >= 7,
     }
+    because = ""
+    if not all(shape.values()):
+        because = "; ".join(
+            f"{row['changed_share']:.0%} changed: {row['passes_a_change']:.2f} passes a change, "
+            f"{row['fewer_passes']:.1f} times fewer passes"
+            for row in rows
+        )
     return {
         "claim": "passes drop from T to about 2 to 3 times (changes + 1); 7 to 9 times fewer",
         "experiment": f"{len(sources)} replayed edits of {tokens} tokens, budget {budget}",
         "edits": rows,
         "shape": shape,
+        "because": because,
         "shape_reproduced": all(shape.values()),
     }
 

@@ -87,6 +87,41 @@ def judge(rows: list[dict[str, Any]], hidden: Sequence[int]) -> dict[str, bool]:
     }
 
 
+def because(rows: list[dict[str, Any]], shape: dict[str, bool], hidden: Sequence[int]) -> str:
+    """What the figures say of the parts that did not come out."""
+    longest = max(row["tokens"] for row in rows)
+    middle = hidden[len(hidden) // 2]
+    said = []
+
+    def alpha(row: dict[str, Any], stage: str) -> str:
+        return f"{row[stage]['greedy']['alpha']:.3f}"
+
+    if not (shape["alignment_raises_alpha"] and shape["by_5_points_or_more"]):
+        pairs = (
+            f"{alpha(row, 'before')} to {alpha(row, 'after')} ({row['hidden']}, {row['tokens']:,})"
+            for row in rows
+        )
+        said.append(f"alignment takes alpha from {', '.join(pairs)}")
+    if not (shape["more_tokens_help"] and shape["with_diminishing_returns"]):
+        steps = (
+            f"{row['tokens']:,} tokens {alpha(row, 'before')}"
+            for row in sorted(rows, key=lambda row: row["tokens"])
+            if row["hidden"] == middle
+        )
+        said.append(f"alpha before alignment by length of pre-training: {', '.join(steps)}")
+        if shape["more_tokens_help"]:
+            said[-1] += ", so each doubling still gives more than the one before"
+    if not shape["best_size_is_inside"]:
+        sizes = (
+            f"{row['hidden']} {row['after']['mbsu']:.2f} at a cost of "
+            f"{row['cost']['parameter_ratio']:.2f}"
+            for row in rows
+            if row["tokens"] == longest
+        )
+        said.append(f"MBSU by hidden size: {', '.join(sizes)}")
+    return "; ".join(said)
+
+
 def measure(
     model: str = "reference",
     tokens: int = 1_000_000,
@@ -107,6 +142,7 @@ def measure(
         "held-out prompts of code",
         "rows": rows,
         "shape": shape,
+        "because": because(rows, shape, hidden),
         "shape_reproduced": all(shape.values()),
     }
 

@@ -22,6 +22,7 @@ from hasten.speculation.datastore import build
 from hasten.speculation.statistics import DraftStatistics
 from hasten.training.corpus import standard_library
 
+STREAMS = ("code", "quotations", "prose")
 Stream = list[tuple[list[int], list[int]]]
 """Prompts and the outputs that are replayed after them."""
 
@@ -45,6 +46,26 @@ def streams(tokenizer: Tokenizer, count: int, tokens: int, folder: Path) -> dict
     long = [ids for ids in map(tokenizer.encode, questions) if len(ids) > 60][:count]
     prose = [(ids[:30], ids[30 : 30 + tokens]) for ids in long]
     return {"code": code, "quotations": quoted, "prose": prose}
+
+
+def because(rows: list[dict[str, Any]], shape: dict[str, bool]) -> str:
+    """What the figures say of the parts that did not come out."""
+    by = {(row["candidates"], row["arm"]): row for row in rows}
+    small, large = min(by)[0], max(by)[0]
+    said = []
+    for stream in STREAMS[:2]:
+        if not shape[f"{stream}: joined and pruned beats both parts"]:
+            arms = ("pruned", "joined", "retrieved", "draft model")
+            taus = ", ".join(f"{arm} {by[large, arm][stream]:.2f}" for arm in arms)
+            said.append(f"{stream} with {large} candidates: {taus} tokens a pass")
+    if not shape["few candidates: pruned beats unpruned"]:
+        both = {s: [by[small, arm][s] for arm in ("pruned", "joined")] for s in STREAMS}
+        pairs = (f"{cut:.2f} against {whole:.2f} ({s})" for s, (cut, whole) in both.items())
+        said.append(f"with {small} candidates pruning costs as well: {', '.join(pairs)}")
+    if not shape["prose: no loss against the draft model"]:
+        share = by[large, "pruned"]["prose"] / by[large, "draft model"]["prose"]
+        said.append(f"on prose it has {share:.1%} of the draft model's tokens a pass")
+    return "; ".join(said)
 
 
 def measure(
@@ -102,6 +123,7 @@ def measure(
         f"with {draft}, datastore of {19 * requests} files of Python",
         "arms": rows,
         "shape": shape,
+        "because": because(rows, shape),
         "shape_reproduced": all(shape.values()),
     }
 

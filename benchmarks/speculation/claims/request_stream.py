@@ -6,11 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hasten import LLM, SamplingParams
+from hasten.bench.workloads import workload
 from hasten.speculation.statistics import DraftStatistics
 from hasten.speculation.trigrams import TrigramCounter, save
 from hasten.training.corpus import split, standard_library
 
 Outputs = list[list[int]]
+
+
+def prompts_of(llm: LLM, name: str, count: int) -> list[list[int]]:
+    """Prompts of a workload as token ids; a conversation gives its first question, as a chat."""
+    return [
+        llm.chat_prompt([{"role": "user", "content": item.turns[0]}])
+        if item.turns
+        else llm.tokenizer.encode(str(item.prompt))
+        for item in workload(name, count)
+    ]
 
 
 def params_of(count: int, tokens: int, temperature: float) -> list[SamplingParams]:
@@ -22,7 +33,7 @@ def params_of(count: int, tokens: int, temperature: float) -> list[SamplingParam
 
 
 def run(
-    llm: LLM, prompts: Sequence[str], params: Sequence[SamplingParams], at_once: int = 1
+    llm: LLM, prompts: Sequence[str | list[int]], params: Sequence[SamplingParams], at_once: int = 1
 ) -> tuple[Outputs, list[DraftStatistics]]:
     """The tokens of each request, and the statistics of each group of ``at_once`` requests."""
     outputs, found = [], []

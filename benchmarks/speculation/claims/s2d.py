@@ -33,6 +33,30 @@ def cut(model: Llama, layers: int) -> Llama:
     return part
 
 
+def because(
+    tau: dict[str, dict[str, float]], near: dict[str, dict[str, float]], shape: dict[str, bool]
+) -> str:
+    """What the figures say of the parts that did not come out."""
+    said = []
+    if not shape["near_the_separate_ones"]:
+        shares = (
+            f"{share:.1%} at {n} layers ({name})"
+            for name, each in near.items()
+            for n, share in each.items()
+            if share < NEAR
+        )
+        said.append(f"of the separate drafts' tau it has {', '.join(shares)}")
+    if not shape["above_the_one_cut_short"]:
+        pairs = (
+            f"{row[f'sorted, {n}']:.2f} against {row[f'cut short, {n}']:.2f} at {n} ({name})"
+            for name, row in tau.items()
+            for n in (1, 2)
+            if row[f"sorted, {n}"] <= row[f"cut short, {n}"]
+        )
+        said.append(f"its tau beside the one cut short: {', '.join(pairs)} layers")
+    return "; ".join(said)
+
+
 def measure(
     targets: Sequence[str] = ("reference", "reference-draft"),
     tokens: int = 1_000_000,
@@ -101,6 +125,7 @@ def measure(
         "sorted_over_separate": near,
         "parameters": {"sorted": weights[exits[-1]], "separate": sum(weights.values())},
         "shape": shape,
+        "because": because(found, near, shape),
         "shape_reproduced": all(shape.values()),
     }
 

@@ -67,6 +67,16 @@ def measure(
         >= mean["independent, recursive"],
         "dyspec_best": mean["DySpec"] >= max(mean.values()),
     }
+    because = []
+    if not shape["dyspec_best"]:
+        pairs = (
+            f"{by_arm['DySpec']:.2f} against {max(by_arm.values()):.2f} at {size}"
+            for size, by_arm in taus.items()
+        )
+        because.append(f"DySpec's tau is below the best tree's: {', '.join(pairs)} candidates")
+    if not all(came for part, came in shape.items() if part != "dyspec_best"):
+        means = ", ".join(f"{arm} {value:.2f}" for arm, value in mean.items())
+        because.append(f"mean tau over the sizes: {means}")
     return {
         "claim": "at equal rows RSD-S >= RSD-C >= SpecTr and SpecInfer >= chain (RSD); K-SEQ "
         "accepts more than recursive rejection of independent draws (SpecTr); a tree that grows "
@@ -77,6 +87,7 @@ def measure(
         "accepted_at_depth_1": accepted,
         "mean_tau": {arm: round(value, 4) for arm, value in mean.items()},
         "shape": shape,
+        "because": "; ".join(because),
         "shape_reproduced": all(shape.values()),
     }
 

@@ -38,8 +38,8 @@ class Reads:
         }
 
 
-def measure_reads(llm: LLM, engine: Engine, prompts: Sequence[str], tokens: int) -> Reads:
-    """Greedy answers to prompts through an engine that runs the model of ``llm``."""
+def measure_reads(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> Reads:
+    """Greedy answers to prompts."""
     model, drafting = engine.model, engine.drafting
     layer_bytes = (model.weight_bytes - model.output.weight.nbytes) // model.config.num_layers
     engine.runner.recorder.refused = "calls are counted"
@@ -60,8 +60,7 @@ def measure_reads(llm: LLM, engine: Engine, prompts: Sequence[str], tokens: int)
 
     model.layer, model.head = counted_layer, counted_head
     try:
-        for prompt in prompts:
-            ids = llm.tokenizer.encode(prompt)
+        for ids in prompts:
             request = engine.add(ids, SamplingParams(max_tokens=tokens, temperature=0.0))
             earlier = found.bytes
             while not request.sequences[0].num_output:
