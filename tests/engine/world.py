@@ -23,7 +23,8 @@ Outcome = list[tuple[list[int], Any, str]]
 
 @dataclass(frozen=True)
 class Scripted(StatelessDrafting):
-    """Drafts by script: the true continuation, wrong tokens, random ones, or branching mixtures.
+    """Drafts by script: the true continuation, wrong tokens, the one and then the other, random
+    tokens, or branching mixtures.
 
     ``truth`` is filled with what each request gives alone, so that a draft can be right.
     """
@@ -39,7 +40,7 @@ class Scripted(StatelessDrafting):
     def _tree(self, sequence: Sequence, budget: int) -> TokenTree:
         kind = self.kind
         if kind == "mixed":
-            kind = self.rng.choice(["right", "wrong", "random", "branching", "none"])
+            kind = self.rng.choice(["right", "wrong", "turning", "random", "branching", "none"])
         known = self.truth.get(sequence.request.id)
         right = known[sequence.index][0][sequence.num_output :] if known else []
         root = sequence.tokens[-1]
@@ -47,9 +48,10 @@ class Scripted(StatelessDrafting):
             return TokenTree.root(root)
         if kind == "right":
             return TokenTree.chain([root, *right[:budget]])
-        if kind == "wrong":
-            wrong = [(t + 1) % self.vocab for t in right[:budget]] or [0]
-            return TokenTree.chain([root, *wrong])
+        if kind in ("wrong", "turning"):
+            turn = 0 if kind == "wrong" else self.rng.randint(1, budget)
+            wrong = [(t + 1) % self.vocab for t in right[turn:budget]]
+            return TokenTree.chain([root, *right[:turn], *wrong] if right else [root, 0])
         if kind == "random":
             length = self.rng.randint(1, budget)
             return TokenTree.chain([root, *(self._any() for _ in range(length))])
