@@ -18,7 +18,7 @@ from hasten.decoding.text import TextStream
 from hasten.engine.clock import VirtualClock
 from hasten.engine.engine import Engine, EngineConfig, RequestRefused
 from hasten.engine.request import Request
-from hasten.methods import Card
+from hasten.methods import Card, MethodError
 from hasten.models.base import Decoder
 from hasten.stack import Stack
 from tests.engine.world import Scripted
@@ -555,3 +555,30 @@ def test_thousands_may_wait_and_leave(tiny: Make) -> None:
             assert all(s.finish_reason is None for s in line)
     assert not engine.has_work and not engine.requests and engine.cache.usage == 0
     engine.check_ledger()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        "control=fixed(k={})",
+        "control=smartspec(most={})",
+        "draft=prompt-lookup(k={})",
+        "draft=copyspec(k={})",
+        "draft=aggressive(k={})",
+        "draft=aded(nodes={})",
+        "draft=scripted(k={})",
+        "draft=any(of=prompt-lookup(k={})|copyspec)",
+    ],
+)
+def test_drafts_that_never_fit_are_refused_at_once(tiny: Make, choices: str) -> None:
+    """The pool has 5 pages of 16 positions."""
+    model = tiny("llama")
+    page = Engine(model, Stack.parse(""), EngineConfig(max_sequences=1)).cache.layout.block_bytes()
+    for most in (80, 81):
+        stack = Stack.parse(choices.format(most))
+        config = EngineConfig(max_sequences=4, kv_bytes=5 * page)
+        if most == 80:
+            Engine(model, stack, config)
+        else:
+            with pytest.raises(MethodError, match=r"81 .* does not fit the 5 pages .* kv_bytes"):
+                Engine(model, stack, config)
