@@ -18,6 +18,7 @@ from hasten.decoding.text import TextStream
 from hasten.engine.clock import VirtualClock
 from hasten.engine.engine import Engine, EngineConfig, RequestRefused
 from hasten.engine.request import Request
+from hasten.engine.walk import Rows, SequenceWalk
 from hasten.methods import Card, MethodError
 from hasten.models.base import Decoder
 from hasten.stack import Stack
@@ -582,3 +583,35 @@ def test_drafts_that_never_fit_are_refused_at_once(tiny: Make, choices: str) -> 
         else:
             with pytest.raises(MethodError, match=r"81 .* does not fit the 5 pages .* kv_bytes"):
                 Engine(model, stack, config)
+
+
+def test_numbers_of_a_walk_belong_to_their_position(tiny: Make) -> None:
+    """Where a walk began, and how many numbers it took before, changes none of them."""
+    engine = engine_of(tiny("llama"))
+    (sequence,) = engine.add([2, 3], SamplingParams(temperature=1.0, seed=4)).sequences
+    logits = np.zeros((2, 61), np.float32)
+    rows = Rows(logits, [0, 0], np.full(2, math.log(61), np.float32), True)
+
+    def drawn(walk: SequenceWalk) -> list[int]:
+        return [walk.draw(np.ones(1 << 20)) for _ in range(2)]
+
+    walk = SequenceWalk(sequence, 0, rows)
+    before = drawn(walk)
+    walk.emit(0, 5)
+    after = drawn(walk)
+    assert after == drawn(SequenceWalk(sequence, 0, rows))
+    assert len({*before, *after}) == 4
+
+
+def test_laws_ahead_are_those_of_the_history_there(tiny: Make) -> None:
+    engine = engine_of(tiny("llama"))
+    params = SamplingParams(temperature=1.0, seed=4, presence_penalty=0.7, bad_words=[[5, 6]])
+    (sequence,) = engine.add([2, 3], params, bad_words=[[5, 6]]).sequences
+    logits = np.random.default_rng(0).normal(size=(3, 61)).astype(np.float32)
+    rows = Rows(logits, [0] * 3, np.zeros(3, np.float32), True)
+    walk = SequenceWalk(sequence, 0, rows)
+    ahead = walk.ahead(2, [9, 5])
+    assert ahead[6] == 0 and not np.array_equal(ahead, walk.law(2))
+    for token in (9, 5):
+        walk.emit(0, token)
+    assert np.array_equal(ahead, walk.law(2))

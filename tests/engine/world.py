@@ -14,6 +14,7 @@ from hasten.methods import Card
 from hasten.models.base import Decoder
 from hasten.speculation.base import Outcome as Observed
 from hasten.speculation.base import StatelessDrafting
+from hasten.speculation.statistics import DraftStatistics
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 
@@ -172,6 +173,7 @@ class World:
             assert key not in self.ended, "a finished sequence went on"
             self.logprobs.setdefault(key, []).extend(delta.logprobs or [])
             if delta.sequence.finish_reason is not None:
+                assert delta.tokens, "a step too many: the end is known with the last token"
                 self.ended.add(key)
                 self._check(delta.sequence)
         self.engine.check_ledger()
@@ -194,15 +196,21 @@ class World:
         self.checked += 1
 
     def drain(self) -> None:
-        """Run to the end; every sequence must have finished, no page may be held."""
+        """Run to the end; every sequence must have finished, no page may be held, and the engine
+        has counted what its sequences have."""
         for _ in range(20_000):
             if not self.engine.has_work:
                 break
             self.step()
         assert not self.engine.has_work, "the engine does not come to an end"
+        total = DraftStatistics()
         for request in self.requests.values():
             for sequence in request.sequences:
                 assert (request.id, sequence.index) in self.ended
+                counted = sequence.figures.speculation
+                assert counted.tokens == sequence.num_output
+                total.add(counted)
+        assert total == self.engine.stats.speculation
         for pool in self.engine.cache.pools:
             assert pool.num_held == 0
 

@@ -148,16 +148,18 @@ def test_engines_with_a_draft_model_give_the_plain_output(
     assert all(pool.num_held == 0 for pool in pools)
 
 
-def test_a_draft_equal_to_the_target_is_always_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_equal_to_the_target_is_always_right(tmp_path: Path, temperature: float) -> None:
+    """Also where it draws: both laws are the same numbers."""
     from hasten.models.loading import load_model
 
     folder = tiny_draft(tmp_path)
     engine = Engine(
         load_model(folder, progress=False),
-        Stack.parse(f"draft=model(path={folder},k=4)"),
+        Stack.parse(f"draft=model(path={folder},k=4),verify=chain"),
         EngineConfig(max_sequences=3),
     )
-    params = SamplingParams(temperature=0.0, max_tokens=41, ignore_eos=True)
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=41, ignore_eos=True)
     for n in (3, 20, 40):
         engine.add([5] * n + [n], params)
     while engine.has_work:
