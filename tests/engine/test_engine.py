@@ -18,7 +18,8 @@ from hasten.decoding.text import TextStream
 from hasten.engine.clock import VirtualClock
 from hasten.engine.engine import Engine, EngineConfig, RequestRefused
 from hasten.engine.request import Request
-from hasten.methods import Card
+from hasten.engine.walk import Rows, SequenceWalk
+from hasten.methods import Card, MethodError
 from hasten.models.base import Decoder
 from hasten.stack import Stack
 from tests.engine.world import Scripted
@@ -555,3 +556,62 @@ def test_thousands_may_wait_and_leave(tiny: Make) -> None:
             assert all(s.finish_reason is None for s in line)
     assert not engine.has_work and not engine.requests and engine.cache.usage == 0
     engine.check_ledger()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        "control=fixed(k={})",
+        "control=smartspec(most={})",
+        "draft=prompt-lookup(k={})",
+        "draft=copyspec(k={})",
+        "draft=aggressive(k={})",
+        "draft=aded(nodes={})",
+        "draft=scripted(k={})",
+        "draft=any(of=prompt-lookup(k={})|copyspec)",
+    ],
+)
+def test_drafts_that_never_fit_are_refused_at_once(tiny: Make, choices: str) -> None:
+    """The pool has 5 pages of 16 positions."""
+    model = tiny("llama")
+    page = Engine(model, Stack.parse(""), EngineConfig(max_sequences=1)).cache.layout.block_bytes()
+    for most in (80, 81):
+        stack = Stack.parse(choices.format(most))
+        config = EngineConfig(max_sequences=4, kv_bytes=5 * page)
+        if most == 80:
+            Engine(model, stack, config)
+        else:
+            with pytest.raises(MethodError, match=r"81 .* does not fit the 5 pages .* kv_bytes"):
+                Engine(model, stack, config)
+
+
+def test_numbers_of_a_walk_belong_to_their_position(tiny: Make) -> None:
+    """Where a walk began, and how many numbers it took before, changes none of them."""
+    engine = engine_of(tiny("llama"))
+    (sequence,) = engine.add([2, 3], SamplingParams(temperature=1.0, seed=4)).sequences
+    logits = np.zeros((2, 61), np.float32)
+    rows = Rows(logits, [0, 0], np.full(2, math.log(61), np.float32), True)
+
+    def drawn(walk: SequenceWalk) -> list[int]:
+        return [walk.draw(np.ones(1 << 20)) for _ in range(2)]
+
+    walk = SequenceWalk(sequence, 0, rows)
+    before = drawn(walk)
+    walk.emit(0, 5)
+    after = drawn(walk)
+    assert after == drawn(SequenceWalk(sequence, 0, rows))
+    assert len({*before, *after}) == 4
+
+
+def test_laws_ahead_are_those_of_the_history_there(tiny: Make) -> None:
+    engine = engine_of(tiny("llama"))
+    params = SamplingParams(temperature=1.0, seed=4, presence_penalty=0.7, bad_words=[[5, 6]])
+    (sequence,) = engine.add([2, 3], params, bad_words=[[5, 6]]).sequences
+    logits = np.random.default_rng(0).normal(size=(3, 61)).astype(np.float32)
+    rows = Rows(logits, [0] * 3, np.zeros(3, np.float32), True)
+    walk = SequenceWalk(sequence, 0, rows)
+    ahead = walk.ahead(2, [9, 5])
+    assert ahead[6] == 0 and not np.array_equal(ahead, walk.law(2))
+    for token in (9, 5):
+        walk.emit(0, token)
+    assert np.array_equal(ahead, walk.law(2))

@@ -22,7 +22,7 @@ from hasten.methods import Card, cards
 from hasten.models.base import Decoder
 from hasten.stack import Stack
 from tests.engine.world import World, params_of, prompt_of
-from tests.speculation.examples import example
+from tests.speculation.examples import HABIT, example
 
 MODELS = {
     "llama": {"intermediate_size": 64},  # whole groups of 4-bit weights
@@ -120,11 +120,13 @@ STACKS = [
 ]
 
 
-def built(tiny: Callable[..., Decoder], architecture: str, choices: str) -> Decoder:
+def built(
+    tiny: Callable[..., Decoder], architecture: str, choices: str, habit: float = 0.0
+) -> Decoder:
     """A tiny model of `MODELS` with its matrices as the stack has them."""
     weights = Stack({"weights": Stack.parse(choices)["weights"]})
     text = str(weights).partition("=")[2] or "checkpoint"
-    return tiny(architecture, weights=text, **MODELS[architecture])
+    return tiny(architecture, weights=text, habit=habit, **MODELS[architecture])
 
 
 def machine(model: Decoder, choices: str, seen: Counter[str]) -> type[RuleBasedStateMachine]:
@@ -202,7 +204,7 @@ def test_every_method_under_load(
 ) -> None:
     """Each registered method as it is, not scripted: a tiny pool, forks, aborts, prefix hits."""
     choices = method if isinstance(method, str) else example(method, tmp_path)
-    model = built(tiny, "llama", choices)
+    model = built(tiny, "llama", choices, HABIT)
     rng = random.Random(method if isinstance(method, str) else f"{method.slots[0]}={method.name}")
     world = World(model, drafts=None, choices=choices, blocks=9)
     added = 0
@@ -219,6 +221,10 @@ def test_every_method_under_load(
         world.step()
     world.drain()
     assert world.checked > 20
+    drafts = world.engine.stats.speculation
+    seldom = ("draft=aggressive", "draft=del", "=scripted")  # the exactness matrix has more
+    if drafts.drafted and not any(name in choices for name in seldom):
+        assert drafts.examined > drafts.accepted > 0, "drafts are to be right and wrong"
 
 
 @pytest.mark.soak

@@ -14,6 +14,7 @@ from hasten.methods import Card
 from hasten.models.base import Decoder
 from hasten.speculation.base import Outcome as Observed
 from hasten.speculation.base import StatelessDrafting
+from hasten.speculation.statistics import DraftStatistics
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 
@@ -23,7 +24,8 @@ Outcome = list[tuple[list[int], Any, str]]
 
 @dataclass(frozen=True)
 class Scripted(StatelessDrafting):
-    """Drafts by script: the true continuation, wrong tokens, random ones, or branching mixtures.
+    """Drafts by script: the true continuation, wrong tokens, the one and then the other, random
+    tokens, or branching mixtures.
 
     ``truth`` is filled with what each request gives alone, so that a draft can be right.
     """
@@ -39,7 +41,7 @@ class Scripted(StatelessDrafting):
     def _tree(self, sequence: Sequence, budget: int) -> TokenTree:
         kind = self.kind
         if kind == "mixed":
-            kind = self.rng.choice(["right", "wrong", "random", "branching", "none"])
+            kind = self.rng.choice(["right", "wrong", "turning", "random", "branching", "none"])
         known = self.truth.get(sequence.request.id)
         right = known[sequence.index][0][sequence.num_output :] if known else []
         root = sequence.tokens[-1]
@@ -47,9 +49,10 @@ class Scripted(StatelessDrafting):
             return TokenTree.root(root)
         if kind == "right":
             return TokenTree.chain([root, *right[:budget]])
-        if kind == "wrong":
-            wrong = [(t + 1) % self.vocab for t in right[:budget]] or [0]
-            return TokenTree.chain([root, *wrong])
+        if kind in ("wrong", "turning"):
+            turn = 0 if kind == "wrong" else self.rng.randint(1, budget)
+            wrong = [(t + 1) % self.vocab for t in right[turn:budget]]
+            return TokenTree.chain([root, *right[:turn], *wrong] if right else [root, 0])
         if kind == "random":
             length = self.rng.randint(1, budget)
             return TokenTree.chain([root, *(self._any() for _ in range(length))])
@@ -170,6 +173,7 @@ class World:
             assert key not in self.ended, "a finished sequence went on"
             self.logprobs.setdefault(key, []).extend(delta.logprobs or [])
             if delta.sequence.finish_reason is not None:
+                assert delta.tokens, "a step too many: the end is known with the last token"
                 self.ended.add(key)
                 self._check(delta.sequence)
         self.engine.check_ledger()
@@ -192,15 +196,21 @@ class World:
         self.checked += 1
 
     def drain(self) -> None:
-        """Run to the end; every sequence must have finished, no page may be held."""
+        """Run to the end; every sequence must have finished, no page may be held, and the engine
+        has counted what its sequences have."""
         for _ in range(20_000):
             if not self.engine.has_work:
                 break
             self.step()
         assert not self.engine.has_work, "the engine does not come to an end"
+        total = DraftStatistics()
         for request in self.requests.values():
             for sequence in request.sequences:
                 assert (request.id, sequence.index) in self.ended
+                counted = sequence.figures.speculation
+                assert counted.tokens == sequence.num_output
+                total.add(counted)
+        assert total == self.engine.stats.speculation
         for pool in self.engine.cache.pools:
             assert pool.num_held == 0
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hasten.models.base import Decoder
 from hasten.stack import Stack
 from tests.decoding.constraints.characters import in_characters
 from tests.engine.test_randomized import MODELS
-from tests.speculation.examples import VOCAB, example
+from tests.speculation.examples import HABIT, VOCAB, example
 
 Make = Callable[..., Decoder]
 Output = list[tuple[list[int], Any, str]]
@@ -69,23 +70,32 @@ class Letters:
 
 @dataclass
 class Matrix:
-    """Runs rows; plain outputs are computed once for each kind of request."""
+    """Runs rows; plain outputs are computed once for each kind of request.
+
+    Attributes:
+        seen: what happened in the rows: tokens compared, candidates accepted, places at which all
+            candidates were rejected, those of them behind an accepted one ("partly"),
+            preemptions, prefix hits.
+    """
 
     tiny: Make
     folder: Path
+    seen: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._plain: dict[str, list[Output]] = {}
-        self.compared = self.accepted = self.preempted = self.hits = 0
 
-    def prompts(self, count: int, seed: int) -> list[list[int]]:
-        """Texts that repeat themselves and each other, so that drafters have something to find."""
+    def prompts(self, model: Decoder, count: int, seed: int) -> list[list[int]]:
+        """Texts that hold what the model is about to say, and repeat each other, so that drafters
+        have something to find."""
         rng = random.Random(seed)
         phrase = [rng.randrange(2, VOCAB) for _ in range(9)]
+        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+        ((said, _, _),) = self._alone(model, "", params, [phrase], {})[0]
         made = []
         for index in range(count):
             tail = [rng.randrange(2, VOCAB) for _ in range(1 + 3 * (index % 4))]
-            made.append((phrase * 4)[: 20 + index % 5] + tail + phrase[:5])
+            made.append((phrase + said)[: 29 + index % 5] + tail + phrase[-5:])
         return made
 
     def run(self, row: dict[str, Any], tokens: int | None = None, seed: int = 11) -> str | None:
@@ -96,7 +106,7 @@ class Matrix:
             example(card, self.folder, row["model"])
             for card in (row["draft"], row["verify"], row["control"])
         ]
-        model = self.tiny(row["model"], **MODELS[row["model"]])
+        model = self.tiny(row["model"], habit=HABIT, **MODELS[row["model"]])
         length = tokens or LENGTH[row["together"]]
         params = SamplingParams(
             temperature=0.0,
@@ -109,7 +119,7 @@ class Matrix:
             structured_outputs=CONSTRAINTS[row["constrain"]],
             **PENALTIES[row["processors"]],
         )
-        prompts = self.prompts(row["together"], seed)
+        prompts = self.prompts(model, row["together"], seed)
         expected, stops = self._expected(model, plain_stack, params, prompts, row["stops"])
         longest = max(map(len, prompts)) + length + 1
         each = -(-longest // PAGE_SIZE) * row["n"]
@@ -134,11 +144,14 @@ class Matrix:
             _drain(engine)
         got = _outputs(engine, params, prompts, stops)
         engine.check_ledger()
-        self.accepted += engine.stats.speculation.accepted
-        self.preempted += engine.stats.preemptions
-        self.hits += engine.cache.stats.prefix_hits
+        drafts = engine.stats.speculation
+        self.seen["accepted"] += drafts.accepted
+        self.seen["rejected"] += drafts.examined - drafts.accepted
+        self.seen["partly"] += sum(drafts.examined_at[1:]) - sum(drafts.accepted_at[1:])
+        self.seen["preempted"] += engine.stats.preemptions
+        self.seen["hits"] += engine.cache.stats.prefix_hits
         for index, (ours, plain) in enumerate(zip(got, expected, strict=True)):
-            self.compared += sum(len(tokens) for tokens, _, _ in ours)
+            self.seen["compared"] += sum(len(tokens) for tokens, _, _ in ours)
             if ours != plain:
                 return f"request {index} of {stack}: {ours} instead of {plain}"
         return None

@@ -21,7 +21,7 @@ from hasten.speculation.draft_model import DraftModel
 from hasten.speculation.tree import TreeBuilder
 from hasten.stack import Stack
 from tests.engine.world import World, params_of, prompt_of
-from tests.speculation.examples import tiny_draft
+from tests.speculation.examples import tiny_draft, tiny_target
 
 Make = Callable[..., Decoder]
 
@@ -136,27 +136,30 @@ def test_engines_with_a_draft_model_give_the_plain_output(
     tiny: Make, tmp_path: Path, choices: str
 ) -> None:
     draft = f"draft=model(path={tiny_draft(tmp_path)},k=3)"
-    model, rng = tiny("llama"), random.Random(3)
+    model, rng = tiny_target(tiny), random.Random(3)
     world = World(model, drafts=None, choices=f"{draft},{choices}".strip(","), blocks=8)
     for _ in range(24):
         world.add(prompt_of(rng, 61, rng.randint(1, 30)), params_of(rng, 61))
     world.drain()
     assert world.checked >= 24 and world.engine.stats.preemptions
-    assert world.engine.stats.speculation.drafted > 50
+    seen = world.engine.stats.speculation
+    assert seen.drafted > 50 and seen.examined > seen.accepted > 20
     pools = world.engine.drafting.runtime.cache.pools  # type: ignore[attr-defined]
     assert all(pool.num_held == 0 for pool in pools)
 
 
-def test_a_draft_equal_to_the_target_is_always_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_equal_to_the_target_is_always_right(tmp_path: Path, temperature: float) -> None:
+    """Also where it draws: both laws are the same numbers."""
     from hasten.models.loading import load_model
 
     folder = tiny_draft(tmp_path)
     engine = Engine(
         load_model(folder, progress=False),
-        Stack.parse(f"draft=model(path={folder},k=4)"),
+        Stack.parse(f"draft=model(path={folder},k=4),verify=chain"),
         EngineConfig(max_sequences=3),
     )
-    params = SamplingParams(temperature=0.0, max_tokens=41, ignore_eos=True)
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=41, ignore_eos=True)
     for n in (3, 20, 40):
         engine.add([5] * n + [n], params)
     while engine.has_work:

@@ -43,7 +43,9 @@ def same_as_alone(target: Decoder, draft: str, seed: int, least: int = 50) -> Wo
     for _ in range(20):
         world.add(prompt_of(rng, VOCAB, rng.randint(1, 30)), params_of(rng, VOCAB))
     world.drain()
-    assert world.checked >= 20 and world.engine.stats.speculation.drafted > least
+    seen = world.engine.stats.speculation
+    assert world.checked >= 20 and seen.drafted > least
+    assert seen.examined > seen.accepted > least // 5, "drafts are to be right and wrong"
     runtime = world.engine.drafting.runtime  # type: ignore[attr-defined]
     assert all(pool.num_held == 0 for pool in runtime.cache.pools), "draft pages leak"
     return world

@@ -181,6 +181,7 @@ class Engine:
                 drafting=lambda: self.drafting,
                 max_batch_tokens=self.config.max_batch_tokens,
                 time_step=self._time_step,
+                blocks=self.cache.num_blocks,
             )
         )
         self.drafting: Drafting = stack["draft"].start(

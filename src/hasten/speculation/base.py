@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hasten.cache.layout import PAGE_SIZE
+from hasten.methods import MethodError
 from hasten.speculation.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -93,6 +95,22 @@ class DraftContext:
     hidden: bool = False
     root_law: bool = False
     drawn: bool = False
+
+    def check_fits(self, candidates: int) -> None:
+        """
+        Raises:
+            MethodError: no draft of so many candidates could ever have pages.
+        """
+        check_fits(f"a draft of {candidates} tokens", candidates, self.cache.num_blocks)
+
+
+def check_fits(what: str, candidates: int, blocks: int) -> None:
+    """See `DraftContext.check_fits`."""
+    if candidates > blocks * PAGE_SIZE:
+        raise MethodError(
+            f"{what} does not fit the {blocks} pages of {PAGE_SIZE} positions; draft fewer, or "
+            "raise kv_bytes"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,9 +398,19 @@ class ControlContext:
             what fits) on free pages and returns its seconds, for a latency table made in
             ``start``. ``ValueError`` if so many rows do not fit; None where nothing can be timed.
         max_batch_tokens: rows of a step.
+        blocks: pages of the target's cache; None where there is none.
     """
 
     draft: Any
     drafting: Callable[[], Drafting]
     max_batch_tokens: int
     time_step: Callable[[int, int], float] | None = None
+    blocks: int | None = None
+
+    def check_fits(self, candidates: int) -> None:
+        """
+        Raises:
+            MethodError: a budget of so many candidates could never have pages.
+        """
+        if self.blocks is not None:
+            check_fits(f"a budget of {candidates} candidates", candidates, self.blocks)

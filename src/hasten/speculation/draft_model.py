@@ -33,7 +33,7 @@ from hasten.methods import MethodError
 from hasten.models.base import Decoder
 from hasten.models.loading import load_model, locate
 from hasten.models.tokenizer import Tokenizer
-from hasten.speculation.base import Draftable, DraftContext, Outcome
+from hasten.speculation.base import Draftable, DraftContext, Outcome, check_fits
 from hasten.weights.base import WeightFormat
 
 
@@ -164,11 +164,7 @@ class DraftModel:
             keep: whether accepted candidates keep the keys and values that they were drafted
                 with; otherwise the next ``begin`` computes them again.
         """
-        if nodes > context.cache.num_blocks * PAGE_SIZE:
-            raise MethodError(
-                f"a draft of {nodes} tokens does not fit the {context.cache.num_blocks} pages of "
-                f"{PAGE_SIZE} positions; draft fewer, or raise kv_bytes"
-            )
+        check_fits(f"a draft of {nodes} tokens", nodes, context.cache.num_blocks)
         self.model = model
         self.most_rows = context.max_batch_tokens
         self.hidden = context.hidden

@@ -65,6 +65,7 @@ Said.card = Card(  # type: ignore[attr-defined]
 
 def context(drawn: bool = False) -> DraftContext:
     values: dict[str, Any] = {f.name: None for f in fields(DraftContext)}
+    values |= {"cache": SimpleNamespace(num_blocks=99)}
     values |= {"should_stop": lambda progress: progress.depth >= 2, "drawn": drawn}
     return DraftContext(**values)
 

@@ -223,7 +223,9 @@ def test_confidence_ends_a_draft(tiny: Callable[..., Decoder]) -> None:
     assert lengths == [1], "the unconfident token is submitted, none after it"
 
 
-@pytest.mark.parametrize("bad", [{"decay": 0.0}, {"k": 0}, {"stride": 0}, {"head": -1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"decay": 0.0}, {"k": 0}, {"stride": 0}, {"head": -1.0}, {"head": np.inf}]
+)
 def test_bad_parameters(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         DynamicExit(**bad)  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ def test_drafts_are_the_adapters_whatever_happens(
     stack = f"draft=kangaroo(head={tmp_path / 'head.safetensors'},eta=0.12)"
     world = World(model, drafts=None, choices=stack, blocks=8)
     checked = Checked(world, module, 2)
-    run_load(world, random.Random(kind))
+    run_load(world, random.Random(kind), requests=50)
     stats = world.engine.stats
     assert checked.drafts > 50 and len(checked.lengths) > 2
     windowed = any(g.window for g in world.engine.cache.layout.groups)

@@ -10,7 +10,7 @@ import pytest
 
 from hasten.models.base import Decoder
 from hasten.speculation.draft_trees import draw
-from tests.speculation.examples import tiny_draft
+from tests.speculation.examples import tiny_draft, tiny_target
 from tests.speculation.tree_checks import check_trees, same_as_alone, trees_of
 
 
@@ -29,7 +29,7 @@ def test_greedy_requests_are_never_drawn(tmp_path: Path) -> None:
 
 
 def test_the_same_as_alone(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
-    same_as_alone(tiny("llama"), f"model(path={tiny_draft(tmp_path)},k=3)", seed=1)
+    same_as_alone(tiny_target(tiny), f"model(path={tiny_draft(tmp_path)},k=3)", seed=1)
 
 
 def test_draws_follow_the_law_and_its_ends() -> None:

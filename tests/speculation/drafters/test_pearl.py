@@ -12,7 +12,7 @@ from hasten.methods import MethodError
 from hasten.models.base import Decoder
 from hasten.models.loading import load_model
 from hasten.stack import Stack
-from tests.speculation.examples import tiny_draft
+from tests.speculation.examples import tiny_draft, tiny_target
 from tests.speculation.tree_checks import check_trees, drive, same_as_alone, trees_of
 
 
@@ -43,11 +43,9 @@ def test_chains(tmp_path: Path, verify: str, drawn: bool) -> None:
 
 
 def test_the_same_as_alone(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
-    folder = tiny_draft(tmp_path)
-    target = load_model(folder, progress=False)  # else next to nothing would be carried
-    world = same_as_alone(target, f"pearl(path={folder},k=3)", seed=9, least=10)
+    draft = f"pearl(path={tiny_draft(tmp_path)},k=3)"
+    world = same_as_alone(tiny_target(tiny), draft, seed=9, least=10)
     assert world.engine.drafting.carried > 5  # type: ignore[attr-defined]
-    same_as_alone(tiny("llama"), f"pearl(path={folder},k=3)", seed=9, least=0)
 
 
 def test_nothing_unverified_reaches_the_caller(tmp_path: Path) -> None:

@@ -106,7 +106,9 @@ def test_sequences_do_not_see_each_other() -> None:
     ]
 
 
-@pytest.mark.parametrize("bad", [{"k": 0}, {"min_ngram": 0}, {"min_ngram": 3, "max_ngram": 2}])
+@pytest.mark.parametrize(
+    "bad", [{"k": 0}, {"min_ngram": 0}, {"min_ngram": 3, "max_ngram": 2}, {"max_ngram": 65}]
+)
 def test_bad_parameters(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         PromptLookup(**bad)

@@ -19,7 +19,7 @@ from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 from tests.engine.world import World
 from tests.speculation.drafters.parts import Said, context, opened, rows
-from tests.speculation.examples import tiny_datastore, tiny_draft
+from tests.speculation.examples import tiny_datastore, tiny_draft, tiny_target
 
 LAW = np.array([0.4, 0.3, 0.15, 0.1, 0.03, 0.02], np.float32)
 
@@ -104,7 +104,7 @@ def test_under_load(tiny: Callable[..., Decoder], tmp_path: Path, temperature: f
         f"draft=rasd(base=model(path={tiny_draft(tmp_path)},k=3),top=20,"
         f"of=retrieval(file={tiny_datastore(tmp_path)},shortest=1)|copyspec(gamma=1))"
     )
-    world = World(tiny("llama"), drafts=None, choices=choices, blocks=9)
+    world = World(tiny_target(tiny), drafts=None, choices=choices, blocks=9)
     rng = random.Random(4)
     for seed in range(8):
         prompt = [rng.randrange(2, 61) for _ in range(9)] * 2
@@ -113,6 +113,6 @@ def test_under_load(tiny: Callable[..., Decoder], tmp_path: Path, temperature: f
         )
         world.add(prompt, params)
     world.drain()
-    by = world.engine.stats.speculation.proposed_by
+    by = world.engine.stats.speculation.accepted_by
     assert world.checked >= 8
-    assert all(any(bits >> i & 1 for bits in by) for i in range(3)), "each part had its say"
+    assert all(any(bits >> i & 1 for bits in by) for i in range(3)), "each part was right at times"

@@ -15,7 +15,7 @@ from hasten.methods import MethodError
 from hasten.models.base import Decoder
 from hasten.speculation.drafters.rsd import shift_maximum
 from hasten.stack import Stack
-from tests.speculation.examples import tiny_draft
+from tests.speculation.examples import tiny_draft, tiny_target
 from tests.speculation.tree_checks import check_trees, same_as_alone, trees_of
 
 
@@ -34,7 +34,7 @@ def test_trees(tmp_path: Path, tree: str, verify: str, drawn: bool) -> None:
 @pytest.mark.parametrize("tree", ["beam", "constant", "independent"])
 def test_the_same_as_alone(tiny: Callable[..., Decoder], tmp_path: Path, tree: str) -> None:
     draft = f"rsd(path={tiny_draft(tmp_path)},tree={tree},width=3,depth=3)"
-    same_as_alone(tiny("llama"), draft, seed=5)
+    same_as_alone(tiny_target(tiny), draft, seed=5)
 
 
 def test_conditional_noise_has_the_given_maximum_and_the_right_law() -> None:

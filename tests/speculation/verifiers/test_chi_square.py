@@ -61,7 +61,7 @@ PROCESSED_PAIRS = [("chain", "chain"), ("recursive", "mixed"), ("k-seq", "sequen
 
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., Decoder]) -> Decoder:
-    return tiny("llama", seed=5, scale=0.45, vocab_size=VOCAB, eos_token_id=None)
+    return tiny("llama", seed=5, scale=0.3, vocab_size=VOCAB, eos_token_id=None)
 
 
 Laws = dict[tuple[int, ...], NDArray[np.float32]]

@@ -27,6 +27,7 @@ class Fixed:
             raise ValueError(f"k={self.k}: a budget cannot be negative")
 
     def start(self, context: ControlContext) -> Fixed:
+        context.check_fits(self.k)
         return self
 
     def plan(self, sequences: Sequence[Draftable], load: Load) -> list[int]:

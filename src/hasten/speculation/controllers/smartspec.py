@@ -59,6 +59,7 @@ class SmartSpec:
             raise ValueError(f"bonus={self.bonus}: below 1 it would favor drafting")
 
     def start(self, context: ControlContext) -> SmartSpecControl:
+        context.check_fits(self.most)
         passes = PassTimes(context.max_batch_tokens)
         if context.time_step is not None:
             passes.look(context.time_step)

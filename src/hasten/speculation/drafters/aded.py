@@ -101,6 +101,7 @@ class Aded:
             raise ValueError(f"need 0 < logit_boost ({self.logit_boost}) <= cap ({self.cap})")
 
     def start(self, context: DraftContext) -> AdedDrafting:
+        context.check_fits(self.nodes)
         corpus = None
         if self.corpus is not None:
             from hasten.speculation.trigrams import load

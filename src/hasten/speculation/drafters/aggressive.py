@@ -90,6 +90,7 @@ class Aggressive(StatelessDrafting):
             raise ValueError("end needs begin: name the text before the source, too")
 
     def start(self, context: DraftContext) -> AggressiveDrafting:
+        context.check_fits(self.k)
         if self.begin and context.tokenizer is None:
             raise MethodError(
                 "draft=aggressive finds begin and end in the prompt's text, and this engine runs "

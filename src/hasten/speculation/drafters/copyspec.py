@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hasten.methods import method
-from hasten.speculation.base import Draftable, Outcome, StatelessDrafting
+from hasten.speculation.base import Draftable, DraftContext, Outcome, StatelessDrafting
 from hasten.speculation.drafters.prompt_lookup import copied
 from hasten.speculation.tree import TokenTree, TreeBuilder
 
@@ -93,6 +93,10 @@ class CopySpec(StatelessDrafting):
         for name in ("gamma", "k", "branches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def start(self, context: DraftContext) -> CopySpec:
+        context.check_fits(self.k)
+        return self
 
     def open(self, sequence: Draftable) -> CopyIndex:
         return CopyIndex(self.gamma, self.k)

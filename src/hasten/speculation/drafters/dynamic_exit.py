@@ -73,8 +73,8 @@ class DynamicExit:
             raise ValueError(f"k={self.k}: allow at least one token")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride}: exits are at least one layer apart")
-        if self.head < 0:
-            raise ValueError(f"head={self.head}: a cost cannot be negative")
+        if not 0 <= self.head < np.inf:
+            raise ValueError(f"head={self.head}: a cost is finite and not negative")
 
     def start(self, context: DraftContext) -> DynamicExitDrafting:
         layers = context.model.config.num_layers

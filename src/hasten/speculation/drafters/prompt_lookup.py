@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hasten.methods import method
-from hasten.speculation.base import Draftable, StatelessDrafting
+from hasten.speculation.base import Draftable, DraftContext, StatelessDrafting
 from hasten.speculation.tree import TokenTree
 
 Table = dict[tuple[int, ...], int]
 UNDO = 32
 """Tokens that can be taken back without reading the whole text again."""
+LONGEST = 64
+"""Of ``max_ngram``."""
 
 
 @dataclass(slots=True)
@@ -83,8 +85,15 @@ class PromptLookup(StatelessDrafting):
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k={self.k}: propose at least one token")
-        if not 1 <= self.min_ngram <= self.max_ngram:
-            raise ValueError(f"need 1 <= min_ngram ({self.min_ngram}) <= max_ngram")
+        if not 1 <= self.min_ngram <= self.max_ngram <= LONGEST:
+            raise ValueError(
+                f"need 1 <= min_ngram ({self.min_ngram}) <= max_ngram ({self.max_ngram}) "
+                f"<= {LONGEST}: each length has a table in each sequence"
+            )
+
+    def start(self, context: DraftContext) -> PromptLookup:
+        context.check_fits(self.k)
+        return self
 
     def open(self, sequence: Draftable) -> NgramIndex:
         return NgramIndex([{} for _ in range(self.max_ngram)])

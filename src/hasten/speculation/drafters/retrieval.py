@@ -51,6 +51,7 @@ class Retrieval(StatelessDrafting):
             )
 
     def start(self, context: DraftContext) -> RetrievalDrafting:
+        context.check_fits(self.nodes)
         if not self.file:
             raise MethodError(
                 "draft=retrieval has no datastore: write retrieval(file=FILE), and build the file "

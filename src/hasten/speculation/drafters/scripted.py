@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.methods import method
-from hasten.speculation.base import Draftable, StatelessDrafting
+from hasten.speculation.base import Draftable, DraftContext, StatelessDrafting
 from hasten.speculation.tree import TokenTree
 
 
@@ -32,6 +32,10 @@ class ScriptedDraft(StatelessDrafting):
     def __post_init__(self) -> None:
         if self.k < 1 or self.width < 1:
             raise ValueError(f"k={self.k}, width={self.width}: need at least 1 of both")
+
+    def start(self, context: DraftContext) -> ScriptedDraft:
+        context.check_fits(self.k * self.width)
+        return self
 
     def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
         return [self._tree(s.tokens[-1], b) for s, b in zip(sequences, budgets, strict=True)]
