@@ -21,7 +21,7 @@ from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
 from tests.engine.world import World, params_of, prompt_of
 from tests.speculation.drafters.parts import Said
-from tests.speculation.examples import tiny_draft
+from tests.speculation.examples import tiny_draft, tiny_target
 from tests.speculation.tree_checks import (
     check_trees,
     no_row_is_uninitialised,
@@ -87,7 +87,7 @@ def test_token_for_token_what_the_draft_model_proposes(
 ) -> None:
     """Greedy and drawn; after candidates of its own were found wrong, and the target's rejected
     some of what it wrote."""
-    target, path = tiny("llama"), tiny_draft(tmp_path)
+    target, path = tiny_target(tiny), tiny_draft(tmp_path)
     params = [
         SamplingParams(max_tokens=50, temperature=t, seed=i, ignore_eos=True)
         for i, t in enumerate((0.0, 0.0, 0.7, 1.0))
@@ -96,7 +96,7 @@ def test_token_for_token_what_the_draft_model_proposes(
     counts = engine.stats.speculation
     assert 20 < counts.accepted < counts.drafted - 20
     ours, _, _ = proposals(target, nested(tmp_path, inner), params, "chain")
-    assert ours.keys() == plain.keys() and len(plain) > 60
+    assert ours.keys() == plain.keys() and len(plain) > 40
     for key, (tokens, laws) in plain.items():
         assert ours[key][0] == tokens
         assert ours[key][1].keys() == laws.keys()
@@ -142,7 +142,7 @@ def test_never_more_passes(tiny: Callable[..., Decoder], tmp_path: Path) -> None
     wrong = Wrong({})
     method = Nested(wrong, str(tiny_draft(tmp_path)), 5)
     engine = Engine(
-        tiny("llama"), Stack({**Stack.parse("").methods, "draft": method}), EngineConfig()
+        tiny_target(tiny), Stack({**Stack.parse("").methods, "draft": method}), EngineConfig()
     )
     seen = watch(engine)
     engine.add([5, 6, 7], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))
@@ -231,7 +231,7 @@ def test_chains(tmp_path: Path, verify: str, drawn: bool) -> None:
 
 @pytest.mark.parametrize("inner", INNER)
 def test_the_same_as_alone(tiny: Callable[..., Decoder], tmp_path: Path, inner: str) -> None:
-    world = same_as_alone(tiny("llama"), nested(tmp_path, inner), seed=3)
+    world = same_as_alone(tiny_target(tiny), nested(tmp_path, inner), seed=3)
     assert world.engine.stats.preemptions
     held = world.engine.drafting.inner  # type: ignore[attr-defined]
     if hasattr(held, "runtime"):
@@ -241,7 +241,7 @@ def test_the_same_as_alone(tiny: Callable[..., Decoder], tmp_path: Path, inner: 
 def test_no_room_for_candidates(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
     """The draft model's pool is short of pages most of the time."""
     world = World(
-        tiny("llama"), drafts=None, choices=f"draft={nested(tmp_path, 'trees')}", blocks=8
+        tiny_target(tiny), drafts=None, choices=f"draft={nested(tmp_path, 'trees')}", blocks=8
     )
     drafting = world.engine.drafting
     assert isinstance(drafting, NestedDrafting)
