@@ -53,7 +53,8 @@ FACTS = tiny_facts("llama", **SIZES, max_position_embeddings=512).values
 
 
 def _weights(vocab: int, layers: int) -> Iterator[tuple[str, torch.Tensor]]:
-    random, noise = RandomWeights(0, 0.25, habit=HABIT), RandomWeights(1, 0.02)
+    habit = HABIT if vocab == VOCAB else 0.0  # `tiny_target` has the usual ids
+    random, noise = RandomWeights(0, 0.25, habit=habit), RandomWeights(1, 0.02)
     hidden, inner = FACTS["hidden_size"], FACTS["intermediate_size"]
     heads, kv_heads = FACTS["num_attention_heads"], FACTS["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {

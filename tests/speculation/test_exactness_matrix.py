@@ -54,7 +54,8 @@ def test_not_one_token_differs(matrix: Matrix, draft: Card) -> None:
     assert seen["preempted"] and seen["hits"], seen
     if draft.name != "none":
         assert seen["accepted"] and seen["rejected"], seen
-    if draft.name not in ("none", "scripted"):  # no script foresees two tokens
+    # no script foresees two tokens, and how far del drafts hangs on the time that passes take
+    if draft.name not in ("none", "scripted", "del"):
         assert seen["partly"], f"no draft was right at first and wrong later: {seen}"
 
 
