@@ -214,6 +214,10 @@ class AutoControl:
         if (load.decoding, load.rows_taken) != self._load:
             self._load, news = (load.decoding, load.rows_taken), True
             self._costs.clear()
+            self._rate = 0.0
+            if len(self.drafts) > 1:  # which of them pay hangs on the load
+                for follower in asked:
+                    follower.news = True
         elif not self.steps % REFRESH:
             self._costs.clear()
         if news and self._spare >= 0:
@@ -244,7 +248,14 @@ class AutoControl:
         """Drafters and budgets for this step, with and without what is shared by several."""
         if not self.passes.known:  # no look was possible: the first steps run plain
             return
-        plain = self._seconds(load, load.rows_taken)
+        if not self._costs:
+            self._prices = [
+                tuple(max(0.0, p) for p in times.price)  # type: ignore[misc]
+                for times in self.drafts
+            ]
+        # without the prompts' rows, which this step computes anyway
+        plain = self.passes.seconds(load.decoding, load.context)
+        plain += self.around.seconds((1, load.decoding, 0))
         for place, follower in enumerate(self._asked):
             if follower.news:
                 self._weigh(follower, place, load, plain)
@@ -261,11 +272,11 @@ class AutoControl:
         self._allot(steps, ladders)
         self._await = sum(step[2] for step in steps)
         more = sum(step[1] for step in steps)
-        seconds = self._seconds(load, load.rows_taken + more)
-        row = self._seconds(load, load.rows_taken + more + 1) - seconds
+        extra = self._extra(load, more)
+        row = self._extra(load, more + 1) - extra
         # alone, a sequence pays for its rows what they cost behind its own
         shared = load.decoding > 1 and more > 0
-        self._row = (seconds - plain) / more if shared else math.inf
+        self._row = extra / more if shared else math.inf
         prices = [p[1] for p, trial in zip(self._prices, self.by_trial, strict=True) if not trial]
         self._least = self._rate * (row + min(prices, default=0.0) / load.decoding)
 
@@ -277,7 +288,7 @@ class AutoControl:
         steps = [step for ladder in ladders for step in ladder.steps]
         if len(ladders) > 1:
             steps.sort(key=_density, reverse=True)
-        taken, decoding = load.rows_taken, load.decoding
+        decoding = load.decoding
         tokens, more, drafting = float(decoding), 0.0, 0.0
         best = tokens / plain * (1 + MARGIN)
         best_at = -1
@@ -302,7 +313,7 @@ class AutoControl:
                 deepest[arm] = depth
             if budget == follower.arms[arm].steps[0][2]:
                 drafting += chance * (price[2] + price[3])
-            rate = tokens / (self._seconds(load, taken + more) + drafting)
+            rate = tokens / (plain + self._extra(load, more) + drafting)
             if rate > best:
                 best, best_at = rate, at
         return best, steps[: best_at + 1]
@@ -342,7 +353,7 @@ class AutoControl:
                 ]
                 arm.news = False
             if len(follower.arms) > 1:
-                arm.value = self._value(follower, at, load, plain, rate)
+                arm.value = self._value(follower, at, load, rate)
         follower.ladder = self._ladder(follower, load)
 
     def _ladder(self, follower: Follower, load: Load, barred: int = -1) -> Ladder:
@@ -375,7 +386,7 @@ class AutoControl:
             ladder.steps.sort(key=_density, reverse=True)
         return ladder
 
-    def _value(self, follower: Follower, arm: int, load: Load, plain: float, rate: float) -> float:
+    def _value(self, follower: Follower, arm: int, load: Load, rate: float) -> float:
         """Tokens that a proposal brings, less those that could be had in the time it takes."""
         state, price, sequence = follower.arms[arm], self._prices[arm], follower.sequence
         written = len(sequence.tokens) - sequence.num_prompt
@@ -385,7 +396,7 @@ class AutoControl:
         tokens, more, best = 0.0, 0.0, 0.0
         for rows, gain, _ in state.steps:
             tokens, more = tokens + gain, more + rows
-            cost = min(self._seconds(load, load.rows_taken + more) - plain, more * self._row)
+            cost = min(self._extra(load, more), more * self._row)
             cost += price[2] + (price[0] + price[1] * more * self.depth_share[arm]) / load.decoding
             cost += reading * (1 + tokens)
             best = max(best, tokens - rate * cost)
@@ -396,22 +407,17 @@ class AutoControl:
         if isinstance(drafting, Portfolio) and sequence.draft_state is not None:  # it has not ended
             drafting.assign(sequence, shares)
 
-    def _seconds(self, load: Load, rows: float) -> float:
-        """Of a step without its drafting."""
-        whole = int(rows)
-        if rows == whole:
-            return self._cost(load, whole)
+    def _extra(self, load: Load, rows: float) -> float:
+        """Seconds that candidates add to a step, without their drafting."""
+        whole = load.rows_taken + int(rows)
         below = self._cost(load, whole)
-        return below + (self._cost(load, whole + 1) - below) * (rows - whole)
+        if rows != int(rows):
+            below += (self._cost(load, whole + 1) - below) * (rows - int(rows))
+        return below - self._cost(load, load.rows_taken)
 
     def _cost(self, load: Load, rows: int) -> float:
         cost = self._costs.get(rows)
         if cost is None:
-            if not self._costs:
-                self._prices = [
-                    tuple(max(0.0, p) for p in times.price)  # type: ignore[misc]
-                    for times in self.drafts
-                ]
             reads = load.context / max(load.decoding, 1)  # of a row
             terms = (1, load.decoding, rows - load.rows_taken)
             cost = self.passes.seconds(rows, rows * reads) + self.around.seconds(terms)
@@ -440,8 +446,8 @@ class AutoControl:
             return
         at = min(arms, key=lambda at: follower.arms[at].tries)
         arm, price = follower.arms[at], self._prices[at]
-        taken = load.rows_taken + sum(budgets)
-        cost = self._seconds(load, taken + budget) - self._seconds(load, taken)
+        taken = sum(budgets)
+        cost = self._extra(load, taken + budget) - self._extra(load, taken)
         drafting = price[0] + price[1] * budget * self.depth_share[at] + price[2]
         drafting += price[3] * (len(follower.sequence.tokens) - arm.read)
         if not sleeps and self._rate:  # what the others would have brought
