@@ -89,7 +89,7 @@ def main() -> None:
     folder = locate(args.model)
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
     config = EngineConfig(
-        max_sequences=max(BATCHES), max_length=args.length * 2 + args.tokens, kv_bytes=1 << 30
+        max_sequences=max(BATCHES), max_length=args.length * 2 + args.tokens, kv_bytes=5 << 29
     )
     chosen = Stack.parse(args.stack)
     zero = Stack.parse({**chosen.methods, "control": "fixed(k=0)"})
