@@ -72,7 +72,7 @@ def test_counts_against_copies_of_the_tables(
     expected = watch.expected()
     assert (watch.counts.reached == expected.reached).all()
     assert (watch.counts.hits == expected.hits).all()
-    assert expected.reached[-1] > 10 and expected.reached[0] == len(watch.seen)
+    assert expected.reached[-1] > 5 and expected.reached[0] == len(watch.seen)
     assert most <= DEPTH + 1, "no more is kept than drafts wait for"
     assert not watch._roots and not watch._overwritten
 
