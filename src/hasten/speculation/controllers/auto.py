@@ -45,7 +45,7 @@ DEAR = 0.003
 TRUST = 20.0
 """Candidates that weigh for an expectation, a draft model's or our own, before it is tested."""
 CALIBRATE = 50
-"""Steps over which what drafts brought is held against what was expected of them."""
+"""Steps, or drafts of a model, over which what they brought is held against what was expected."""
 PLANNING = 0.01
 """Share of the time that weighing budgets may take; between two times, they stay as they are."""
 SAVED = 100
@@ -526,8 +526,8 @@ class AutoControl:
                 continue
             tree, probing = outcome.tree, follower is self._probing
             if (hopes := self._hopes.pop(id(outcome.sequence), None)) is not None:
-                self._hoped += hopes[1] - 0.02 * self._hoped
-                self._kept += len(outcome.path) - 1 - 0.02 * self._kept
+                self._hoped += hopes[1] - self._hoped / CALIBRATE
+                self._kept += len(outcome.path) - 1 - self._kept / CALIBRATE
             if turns is not None:
                 places = turns.get(id(outcome.sequence), [])
             else:
@@ -613,6 +613,7 @@ class AutoControl:
         arm.until = self.steps + arm.pause
 
     def close(self, sequence: Draftable) -> None:
+        self._hopes.pop(id(sequence), None)  # of a draft that was never verified
         if self.followers.pop(id(sequence), None) is not None:
             written = len(sequence.tokens) - sequence.num_prompt
             self.length += 0.1 * (written - self.length)
