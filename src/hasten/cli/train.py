@@ -13,6 +13,22 @@ from hasten.cli import options as o
 app = typer.Typer(no_args_is_help=True, help="Train small models for use with hasten.")
 
 
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="Text file with a prompt a line. Default: functions of this Python."),
+]
+Count = Annotated[int, typer.Option(min=1, help="Prompts to use at most.")]
+
+
+def _lines(prompts: Path | None) -> list[str] | None:
+    if prompts is None:
+        return None
+    found = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
+    if not found:
+        o.fail(f"--prompts {prompts}: there are no prompts; give one a line")
+    return found
+
+
 @app.command()
 def reference(
     out: Annotated[
@@ -124,11 +140,8 @@ def acceptance_head(
     draft: Annotated[
         str, typer.Option(help="The draft model whose states the head reads.")
     ] = "reference-draft",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Text file with a prompt a line. Default: functions of this Python."),
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Prompts to use at most.")] = 512,
+    prompts: Prompts = None,
+    count: Count = 512,
     length: Annotated[int, typer.Option(min=2, help="Tokens the target writes for each.")] = 128,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the texts.")] = 3,
     seed: Annotated[int, typer.Option(help="Same seed, same head.")] = 0,
@@ -140,10 +153,7 @@ def acceptance_head(
         from hasten.training.acceptance_head import HeadRecipe, make_head
 
         recipe = HeadRecipe(length=length, epochs=epochs, seed=seed)
-        texts = None
-        if prompts is not None:
-            texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
-        make_head(model, draft, out, recipe, texts, count, report=typer.echo)
+        make_head(model, draft, out, recipe, _lines(prompts), count, report=typer.echo)
 
 
 @app.command()
@@ -155,11 +165,8 @@ def tree(
     ] = "token-recycling",
     nodes: Annotated[int, typer.Option(min=1, max=1024, help="Candidates of the tree.")] = 80,
     depth: Annotated[int, typer.Option(min=1, max=64, help="Levels at most.")] = 8,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Text file with a prompt a line. Default: functions of this Python."),
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Prompts to use at most.")] = 256,
+    prompts: Prompts = None,
+    count: Count = 256,
     length: Annotated[int, typer.Option(min=2, help="Tokens the model writes for each.")] = 128,
     temperature: o.Temperature = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same tree.")] = 0,
@@ -175,11 +182,7 @@ def tree(
     with o.one_line_errors():
         if draft != "token-recycling":
             o.fail(f"--draft {draft}: it has no static tree; there is: token-recycling")
-        texts = None
-        if prompts is not None:
-            texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line]
-            if not texts:
-                o.fail(f"--prompts {prompts}: there are no prompts; give one a line")
+        texts = _lines(prompts)
         o.set_threads(threads)
         from rich.console import Console
         from rich.progress import Progress
