@@ -46,6 +46,7 @@ DOES: dict[str, str] = {
     "tells-root-law": "tells what its draft model expects after the root",
     "weighs-draft-laws": "accepts by the probabilities from which candidates were drawn",
     "drafts-from-text": "proposes from tokens alone: asking it without verifying does no harm",
+    "grades-proposals": "tells how good its next proposal is before it is asked for it",
     "proposes-tokens": "adds candidate rows that are verified",
     "accepts-tokens": "decides which candidates become output",
     "limits-view": "hides positions from attention",

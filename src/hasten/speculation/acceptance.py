@@ -125,7 +125,7 @@ def worth(own: Curve, shared: Curve, most: int) -> Worth:
 class Trial:
     """A proposal that is held against the text as it comes, without being verified."""
 
-    heat: int
+    state: int
     budget: int
     tree: TokenTree
     length: int

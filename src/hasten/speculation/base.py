@@ -221,6 +221,18 @@ class Drafting(Protocol):
         ...
 
 
+GRADES = 4
+
+
+class Grading(Protocol):
+    """What a drafter at work also has whose card says ``grades-proposals``."""
+
+    def grade(self, sequence: Draftable) -> int:
+        """How far the proposal that would come now can be trusted: from 0, there is none, to
+        ``GRADES``. Asked often, so it takes microseconds."""
+        ...
+
+
 class Drafter(Protocol):
     """A method of the slot ``draft``."""
 

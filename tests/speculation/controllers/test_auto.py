@@ -306,3 +306,71 @@ def test_output_is_that_of_plain_decoding(
 
 def _rng() -> random.Random:
     return random.Random(3)
+
+
+@dataclass
+class Grades(Lots):
+    """Proposals that are good every third time, and known to be."""
+
+    def grade(self, sequence: Any) -> int:
+        text = getattr(sequence, "whole", sequence)
+        return 4 if len(text.tokens) // 30 % 3 == 0 else 1
+
+    def _chain(self, text: Any, budget: int) -> TokenTree:
+        self.quality = 0.97 if self.grade(text) == 4 else 0.02
+        return super()._chain(text, budget)
+
+
+GRADED = FROM_TEXT | {"grades-proposals"}
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_grades_tell_when_to_draft(batch: int) -> None:
+    """One drafter: it is asked for what it is sure of, which without grades costs as many bad
+    proposals as it has good ones."""
+
+    def simulated(does: frozenset[str]) -> Simulation:
+        texts = [Text(lambda position: 0.0, [0] * (1 + 7 * i)) for i in range(batch)]
+        drafting = Grades(lambda k: 1e-5, _rng())
+        return Simulation(Auto(), texts, machine(1e-3, 1e-4), drafting=drafting, does=does)
+
+    graded, blind = simulated(GRADED), simulated(FROM_TEXT)
+    for simulation in (graded, blind):
+        simulation.run(1500)
+    assert graded.run(1500) > 1.05 * blind.run(1500)
+
+
+def test_a_sure_copy_goes_before_a_draft_model_and_an_unsure_one_behind_it() -> None:
+    copies = Grades(lambda k: 1e-5, _rng(), which=0)
+    drafts = Lots(lambda k: 3e-5 * k, _rng(), which=1, quality=0.6)
+    portfolio = Portfolio([copies, drafts], ["copies", "drafts"])
+    simulation = Simulation(
+        Auto(),
+        [Text(lambda position: 0.0)],
+        FREE_ROWS,
+        drafting=portfolio,
+        draft=any_of(GRADED, MODEL_LIKE),
+    )
+    simulation.run(2000)
+    asked: dict[int, list[int]] = {1: [0, 0], 4: [0, 0]}
+    for _ in range(600):
+        grade = copies.grade(simulation.texts[0])
+        simulation.step()
+        shares = simulation.texts[0].draft_state.shares
+        if shares:
+            asked[grade][shares[0][0]] += 1
+    assert asked[4][0] > 20 * asked[4][1]
+    assert asked[1][1] > 20 * asked[1][0]
+
+
+def test_nothing_is_planned_for_a_drafter_that_has_nothing() -> None:
+    class Empty(Grades):
+        def grade(self, sequence: Any) -> int:
+            return 0
+
+    text = Text(lambda position: 1.0)
+    simulation = Simulation(
+        Auto(), [text], FREE_ROWS, drafting=Empty(lambda k: 1e-5, _rng()), does=GRADED
+    )
+    simulation.run(300)
+    assert not simulation.candidates and not simulation.drafting.spent

@@ -52,6 +52,18 @@ def test_the_latest_occurrence_is_copied(
     assert tree == TokenTree.chain([tokens[-1], *copy])
 
 
+@given(texts, st.integers(1, 5))
+def test_a_grade_counts_how_far_back_the_match_goes(tokens: list[int], gamma: int) -> None:
+    drafter = CopySpec(gamma)
+    expected = 0
+    if ends := by_hand(tokens, gamma):
+        same = gamma
+        while same < ends[0] and tokens[: ends[0]][-same - 1 :] == tokens[-same - 1 :]:
+            same += 1
+        expected = 1 if same == 1 else 2 if same < 4 else 3 if same < 8 else 4
+    assert drafter.grade(sequence(drafter, tokens)) == expected
+
+
 @given(texts, st.integers(1, 3), st.integers(2, 4), st.integers(0, 12))
 def test_branches_are_the_latest_different_continuations(
     tokens: list[int], gamma: int, branches: int, budget: int

@@ -48,6 +48,25 @@ def test_the_latest_earlier_match(
     assert len(tree) - 1 <= min(k, budget)
 
 
+@given(texts, st.integers(1, 4), st.integers(0, 3))
+def test_a_grade_counts_how_far_back_the_match_goes(tokens: list[int], low: int, more: int) -> None:
+    drafter = PromptLookup(min_ngram=low, max_ngram=low + more)
+    sequence = SimpleNamespace(tokens=tokens, draft_state=drafter.open(None))
+    expected = 0
+    for n in range(min(low + more, len(tokens) - 1), low - 1, -1):
+        tail = tokens[len(tokens) - n :]
+        starts = [s for s in range(len(tokens) - n) if tokens[s : s + n] == tail]
+        if starts:
+            after, same = starts[-1] + n, n
+            while tokens[:after][-same - 1 :] == tokens[-same - 1 :] and same < after:
+                same += 1
+            expected = 1 if same == 1 else 2 if same < 4 else 3 if same < 8 else 4
+            break
+    assert drafter.grade(sequence) == expected
+    (tree,) = drafter.propose([sequence], [1])
+    assert (len(tree) > 1) == (expected > 0)
+
+
 @given(texts, st.lists(st.integers(1, 7), max_size=12), st.integers(1, 4))
 def test_the_growing_index_equals_a_fresh_one(
     tokens: list[int], growth: list[int], longest: int

@@ -11,6 +11,7 @@ from typing import Any
 from hasten.methods import Card, method
 from hasten.speculation.acceptance import RUNGS, Curve, Trial, Worth, presence, worth
 from hasten.speculation.base import (
+    GRADES,
     ControlContext,
     Draftable,
     DraftProgress,
@@ -23,7 +24,8 @@ from hasten.speculation.latency import LinearTimes, PassTimes
 OWN, SHARED = 0.96, 0.98
 """What a sequence's and a tenant's curves keep with each proposal."""
 HEATS = 3
-"""How the last proposal went: not at all, partly, to its end. Acceptance comes in runs."""
+"""How the last proposal went: not at all, partly, to its end. Acceptance comes in runs. Where a
+drafter grades its proposals, the grade says more."""
 TRIAL_CANDIDATES, PROBE_CANDIDATES = 4, 2
 YOUNG = 3
 """Proposals of its own below which a sequence is probed: others' texts are no proof."""
@@ -32,7 +34,7 @@ CROWD = 2
 not tried by all at once."""
 PATIENCE = 8
 """Steps between two trials of a drafter that fails, or two probes of one that cannot be tried."""
-MARGIN = 0.01
+MARGIN = 0.03
 """Gain in tokens a second below which drafting is not worth its risk."""
 TEXT = 64.0
 """Tokens of an output before any ended: what a drafter has to read first must pay within it."""
@@ -48,7 +50,9 @@ CALIBRATE = 50
 """Steps, or drafts of a model, over which what they brought is held against what was expected."""
 PLANNING = 0.01
 """Share of the time that weighing budgets may take; between two times, they stay as they are."""
-SAVED = 100
+LOOKING = 0.005
+"""Share of the time that looking at the grades may take of sequences that do not draft."""
+SAVED = 200
 """Steps whose shares may be saved up."""
 REFRESH = 32
 """Steps between two looks at what passes cost."""
@@ -66,7 +70,8 @@ class Auto:
     drafters a sequence has those that pay in the order of what their proposals are worth: the next
     one is asked where one before it has nothing to propose. The others are watched with trials,
     proposals that are held against the text as it comes, unverified; also where no drafts pay.
-    Trials and probes take at most ``explore`` of the time.
+    Trials and probes take at most ``explore`` of the time of a lone sequence, and of the time of n
+    that run together 1/sqrt(n) of that share.
     """
 
     most: int = 16
@@ -87,7 +92,8 @@ class Arm:
     """What is known of one drafter for one sequence.
 
     Attributes:
-        curves: by heat, and ``shared`` the tenant's.
+        curves: by heat or grade, and ``shared`` the tenant's.
+        state: heat of its last proposal, or grade of its next one.
         presence: chance that it proposes anything.
         steps: what growing budgets of a proposal bring: (rows, tokens, budget).
         value: what a proposal is worth at today's prices, in tokens.
@@ -101,7 +107,7 @@ class Arm:
 
     curves: list[Curve]
     shared: list[Curve]
-    heat: int = 0
+    state: int = 0
     presence: float = 1.0
     steps: Worth = field(default_factory=list)
     value: float = 0.0
@@ -160,6 +166,8 @@ class AutoControl:
         draft: Any = context.draft
         arms: tuple[Any, ...] = draft.of if isinstance(draft, AnyOf) else (draft,)
         cards: list[Card] = [arm.card for arm in arms]
+        self.graded = [at for at, card in enumerate(cards) if "grades-proposals" in card.does]
+        self.states = [GRADES + 1 if at in self.graded else HEATS for at in range(len(cards))]
         self.by_trial = ["drafts-from-text" in card.does for card in cards]
         self.passes = PassTimes(context.max_batch_tokens)
         if context.time_step is not None:
@@ -176,6 +184,10 @@ class AutoControl:
         """Seconds that may be spent on looking."""
         self._thought = 0.0
         """Seconds that planning and learning took since drafts were last learned from."""
+        self._look_seconds = 0.0
+        """Seconds that it takes to see the grades of a sequence's drafters."""
+        self._step = math.inf
+        """Seconds of a step."""
         self._spare = 0.0
         """Seconds that planning may take, negative after it took them."""
         self.steps = 0
@@ -207,10 +219,14 @@ class AutoControl:
             follower = followers.get(id(sequence))
             if follower is None:
                 follower = followers[id(sequence)] = self._follow(sequence)
-            if follower.news:
-                news = True
             asked.append(follower)
         self._asked = asked
+        if self.graded:
+            self._look()
+        for follower in asked:
+            if follower.news:
+                news = True
+                break
         if (load.decoding, load.rows_taken) != self._load:
             self._load, news = (load.decoding, load.rows_taken), True
             self._costs.clear()
@@ -238,11 +254,38 @@ class AutoControl:
     def _follow(self, sequence: Draftable) -> Follower:
         shared = self.tenants.pop(sequence.tenant, None)
         if shared is None:
-            shared = [[Curve(SHARED) for _ in range(HEATS)] for _ in self.drafts]
+            shared = [[Curve(SHARED) for _ in range(states)] for states in self.states]
             if len(self.tenants) >= TENANTS:
                 del self.tenants[next(iter(self.tenants))]
         self.tenants[sequence.tenant] = shared  # now the latest
-        return Follower(sequence, [Arm([Curve(OWN) for _ in range(HEATS)], s) for s in shared])
+        return Follower(sequence, [Arm([Curve(OWN) for _ in s], s) for s in shared])
+
+    def _look(self) -> None:
+        """See how good the next proposals would be: of all who draft, and of those who do not by
+        turns, as far as the time goes that may be spent on it."""
+        began = self.clock()
+        asked, turn = self._asked, self.steps
+        sleeping = sum(not follower.budget for follower in asked)
+        stride = max(1, math.ceil(sleeping * self._look_seconds / (LOOKING * self._step)))
+        looks = 0
+        for place, follower in enumerate(asked):
+            looked = follower.budget or not (place + turn) % stride
+            for at in self.graded:
+                arm = follower.arms[at]
+                grade = self._grade(follower.sequence, at) if looked else 0
+                if grade != arm.state:
+                    arm.state = grade
+                    arm.news = follower.news = True
+            looks += bool(looked)
+        if looks:
+            seconds = (self.clock() - began) / looks
+            self._look_seconds += 0.05 * (seconds - self._look_seconds)
+
+    def _grade(self, sequence: Draftable, at: int) -> int:
+        drafting: Any = self.context.drafting()
+        if isinstance(drafting, Portfolio):
+            return drafting.grade(at, sequence)
+        return int(drafting.grade(sequence))
 
     def _choose(self, load: Load) -> None:
         """Drafters and budgets for this step, with and without what is shared by several."""
@@ -343,8 +386,12 @@ class AutoControl:
                 arm.news = follower.news = True
                 continue
             if arm.news:
-                own, shared = arm.curves[arm.heat], arm.shared[arm.heat]
-                arm.presence = presence(own, shared)
+                own, shared = arm.curves[arm.state], arm.shared[arm.state]
+                graded = at in self.graded
+                if graded and not arm.state:
+                    arm.steps, arm.value, arm.presence, arm.news = [], 0.0, 0.0, False
+                    continue
+                arm.presence = 1.0 if graded else presence(own, shared)
                 luck = min(1.0, self._gained / self._awaited)
                 arm.steps = [
                     (rows, gain * luck, budget)
@@ -439,6 +486,7 @@ class AutoControl:
             at
             for at, (arm, trial) in enumerate(zip(follower.arms, self.by_trial, strict=True))
             if not arm.budget
+            and (arm.state or at not in self.graded)
             and (sleeps or not trial)
             and (arm.tries < YOUNG or (not trial and self.steps - arm.counted >= PATIENCE))
         ]
@@ -479,7 +527,9 @@ class AutoControl:
     def _learn(self, report: StepReport) -> None:
         self.steps += 1
         seconds = report.step_seconds
-        share = self.method.explore * seconds
+        self._step = seconds if self._step == math.inf else 0.9 * self._step + 0.1 * seconds
+        # what one sequence's try teaches serves the others, too
+        share = self.method.explore * seconds / math.sqrt(max(report.load.decoding, 1))
         self.purse = min(self.purse + share, max(self.purse, SAVED * share))
         share = PLANNING * seconds
         self._spare = min(self._spare + share, max(self._spare, SAVED * share))
@@ -497,9 +547,9 @@ class AutoControl:
         for outcome in report.outcomes:
             follower = followers.get(id(outcome.sequence))
             if follower is not None:
-                for arm in follower.arms:
+                for at, arm in enumerate(follower.arms):
                     if arm.trial is not None and arm.trial.advance(outcome.sequence.tokens):
-                        self._judge(follower, arm, arm.trial)
+                        self._judge(follower, at, arm.trial)
         if self.purse > 0 and report.outcomes:
             outcome = report.outcomes[self.steps % len(report.outcomes)]
             follower = followers.get(id(outcome.sequence))
@@ -545,7 +595,7 @@ class AutoControl:
                     deepest[at] = max(deepest[at], depth)
                     self.depth_share[at] += 0.05 * (depth / count - self.depth_share[at])
                 accepted = outcome.path[1:] if count else []
-                self._count(follower, arm, arm.heat, max(budget, count), count, accepted)
+                self._count(follower, at, arm.state, max(budget, count), count, accepted)
         if self._probing is not None:
             self._assign(self._probing, self._probing.shares)
             if not report.candidates:
@@ -564,16 +614,17 @@ class AutoControl:
     def _count(
         self,
         follower: Follower,
-        arm: Arm,
-        heat: int,
+        at: int,
+        state: int,
         budget: int,
         candidates: int,
         accepted: list[int],
     ) -> None:
-        arm.curves[heat].observe(budget, candidates, accepted)
-        arm.shared[heat].observe(budget, candidates, accepted)
-        if candidates:
-            arm.heat = 0 if not accepted else 2 if accepted[-1] == candidates else 1
+        arm = follower.arms[at]
+        arm.curves[state].observe(budget, candidates, accepted)
+        arm.shared[state].observe(budget, candidates, accepted)
+        if candidates and at not in self.graded:
+            arm.state = 0 if not accepted else 2 if accepted[-1] == candidates else 1
         arm.tries += 1
         arm.counted = self.steps
         if follower.budget or accepted:  # who sleeps is not woken by failure
@@ -588,25 +639,29 @@ class AutoControl:
                 continue
             if arm.counted == self.steps or self.purse <= 0:
                 continue
-            began = self.clock()
-            if isinstance(drafting, Portfolio):
-                (tree,) = drafting.ask(at, [sequence], [budget])
-            else:
-                (tree,) = drafting.propose([sequence], [budget])
-            arm.read = len(sequence.tokens)
-            if len(tree) > 1:
-                arm.trial = Trial(arm.heat, budget, tree, len(sequence.tokens))
-            else:
-                self._count(follower, arm, arm.heat, budget, 0, [])
-                self._pause(arm, False)
+            began, state = self.clock(), arm.state
+            if at in self.graded:
+                state = self._grade(sequence, at)
+            if state or at not in self.graded:
+                if isinstance(drafting, Portfolio):
+                    (tree,) = drafting.ask(at, [sequence], [budget])
+                else:
+                    (tree,) = drafting.propose([sequence], [budget])
+                arm.read = len(sequence.tokens)
+                if len(tree) > 1:
+                    arm.trial = Trial(state, budget, tree, len(sequence.tokens))
+                else:
+                    self._count(follower, at, state, budget, 0, [])
+                    self._pause(arm, False)
             self.purse -= self.clock() - began
 
-    def _judge(self, follower: Follower, arm: Arm, trial: Trial) -> None:
+    def _judge(self, follower: Follower, at: int, trial: Trial) -> None:
         """Count a trial that is decided."""
+        arm = follower.arms[at]
         arm.trial = None
         self._pause(arm, len(trial.accepted) > 0)
         candidates = len(trial.tree) - 1
-        self._count(follower, arm, trial.heat, trial.budget, candidates, trial.accepted)
+        self._count(follower, at, trial.state, trial.budget, candidates, trial.accepted)
 
     def _pause(self, arm: Arm, success: bool) -> None:
         arm.pause = 0 if success else min(2 * arm.pause + 1, PATIENCE)

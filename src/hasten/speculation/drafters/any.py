@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hasten.methods import method
 from hasten.speculation.base import Computed, Draftable, DraftContext, Drafter, Drafting, Outcome
@@ -109,6 +110,11 @@ class Portfolio:
         """Who was asked for each sequence (by its ``id``) in the last ``propose``, told once."""
         turns, self._turns = self._turns, {}
         return turns
+
+    def grade(self, arm: int, sequence: Draftable) -> int:
+        """See `hasten.speculation.base.Grading`: of one of the drafters, which must grade."""
+        part: Any = self.parts[arm]
+        return int(part.grade(sequence.draft_state.views[arm]))
 
     def ask(
         self, arm: int, sequences: Sequence[Draftable], budgets: Sequence[int]

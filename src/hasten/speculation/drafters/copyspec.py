@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hasten.methods import method
 from hasten.speculation.base import Draftable, DraftContext, Outcome, StatelessDrafting
-from hasten.speculation.drafters.prompt_lookup import copied
+from hasten.speculation.drafters.prompt_lookup import copied, match_grade
 from hasten.speculation.tree import TokenTree, TreeBuilder
 
 PRIME = (1 << 61) - 1
@@ -71,7 +71,7 @@ class CopyIndex:
     paper="CopySpec: Accelerating LLMs with Speculative Copy-and-Paste (arXiv:2502.08923)",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens", "drafts-from-text"),
+    does=("proposes-tokens", "drafts-from-text", "grades-proposals"),
 )
 @dataclass(frozen=True)
 class CopySpec(StatelessDrafting):
@@ -103,6 +103,12 @@ class CopySpec(StatelessDrafting):
 
     def propose(self, sequences: Sequence[Draftable], budgets: Sequence[int]) -> list[TokenTree]:
         return [self._tree(s, budget) for s, budget in zip(sequences, budgets, strict=True)]
+
+    def grade(self, sequence: Draftable) -> int:
+        tokens, index = sequence.tokens, sequence.draft_state
+        index.extend(tokens)
+        end = next(index.occurrences(tokens), 0)
+        return match_grade(tokens, end, self.gamma) if end else 0
 
     def _tree(self, sequence: Draftable, budget: int) -> TokenTree:
         tokens, index = sequence.tokens, sequence.draft_state

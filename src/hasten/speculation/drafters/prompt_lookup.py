@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hasten.methods import method
-from hasten.speculation.base import Draftable, DraftContext, StatelessDrafting
+from hasten.speculation.base import GRADES, Draftable, DraftContext, StatelessDrafting
 from hasten.speculation.tree import TokenTree
 
 Table = dict[tuple[int, ...], int]
@@ -67,7 +67,7 @@ class NgramIndex:
     paper="Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding)",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens", "drafts-from-text"),
+    does=("proposes-tokens", "drafts-from-text", "grades-proposals"),
 )
 @dataclass(frozen=True)
 class PromptLookup(StatelessDrafting):
@@ -109,14 +109,34 @@ class PromptLookup(StatelessDrafting):
         if not index.cut(length):
             sequence.draft_state = self.open(sequence)
 
-    def _continuation(self, sequence: Draftable, length: int) -> list[int]:
+    def grade(self, sequence: Draftable) -> int:
+        after, n = self._match(sequence)
+        return match_grade(sequence.tokens, after, n) if n else 0
+
+    def _match(self, sequence: Draftable) -> tuple[int, int]:
+        """The index after the occurrence that is continued, and the n of its n-gram; 0 if there
+        is none."""
         tokens, index = sequence.tokens, sequence.draft_state
         index.extend(tokens)
         for n in range(min(self.max_ngram, len(tokens) - 1), self.min_ngram - 1, -1):
             after = index.end[n - 1].get(tuple(tokens[-n:]))
             if after is not None:
-                return copied(tokens, after, length)
-        return []
+                return after, n
+        return 0, 0
+
+    def _continuation(self, sequence: Draftable, length: int) -> list[int]:
+        after, n = self._match(sequence)
+        return copied(sequence.tokens, after, length) if n else []
+
+
+def match_grade(tokens: list[int], after: int, length: int) -> int:
+    """How good a copy from ``after`` on is, by how much before it is the same as at the end of the
+    text, of which ``length`` tokens are known to be: 1, 2, 4, or 8 tokens and more give the grades
+    1 to ``GRADES``."""
+    longest = 1 << GRADES - 1
+    while length < longest and length < after and tokens[after - length - 1] == tokens[-length - 1]:
+        length += 1
+    return min(length, longest).bit_length()
 
 
 def copied(tokens: list[int], start: int, length: int) -> list[int]:
