@@ -374,3 +374,24 @@ def test_nothing_is_planned_for_a_drafter_that_has_nothing() -> None:
     )
     simulation.run(300)
     assert not simulation.candidates and not simulation.drafting.spent
+
+
+@pytest.mark.parametrize("slow", [1, 5])
+def test_a_bad_moment_is_not_held_against_a_drafter(slow: int) -> None:
+    """The first times that it is asked take up to fifteen steps each: an allocation, or a machine that
+    was busy with something else."""
+    calls = itertools.count()
+
+    def seconds(budget: int) -> float:
+        return 1e-4 * budget * (1 if next(calls) >= slow else 100)
+
+    simulation = Simulation(
+        Auto(),
+        [Text(lambda position: 0.9)],
+        FREE_ROWS,
+        drafting=Lots(seconds, _rng()),
+        does=MODEL_LIKE,
+    )
+    simulation.run(8000)
+    plain = 1 / FREE_ROWS(1)
+    assert simulation.run(1000) > 3 * plain

@@ -48,6 +48,9 @@ TRUST = 20.0
 """Candidates that weigh for an expectation, a draft model's or our own, before it is tested."""
 CALIBRATE = 50
 """Steps, or drafts of a model, over which what they brought is held against what was expected."""
+FADING = 200.0
+"""Steps after which a price that was not learned again is believed by half, where a probe is
+considered: it may come from a bad moment, and would otherwise keep itself from being corrected."""
 PLANNING = 0.01
 """Share of the time that weighing budgets may take; between two times, they stay as they are."""
 LOOKING = 0.005
@@ -174,7 +177,7 @@ class AutoControl:
             self.passes.look(context.time_step)
         self.around = LinearTimes((1, 1, 1))  # of a step, its sequences, its candidates
         # of a round, its depth, its sequences, what they have to read
-        self.drafts = [LinearTimes((1, 1, 1, 100)) for _ in cards]
+        self.drafts = [LinearTimes((1, 8, 1, 64)) for _ in cards]
         self.depth_share = [1.0] * len(cards)  # depth of a tree, against its candidates
         self.followers: dict[int, Follower] = {}
         self.tenants: dict[str, list[list[Curve]]] = {}
@@ -197,7 +200,8 @@ class AutoControl:
         self._asked: list[Follower] = []
         self._drafting = 0  # candidates that were asked for in this step
         self._probing: Follower | None = None  # it drafts in this step for a trial's sake
-        self._probed = 0.0  # what that costs the target
+        self._probed = (0, 0.0, 0.0)  # which, and the target's and the draft's time paid for it
+        self._priced = [0] * len(cards)  # the step in which a drafter's price was last learned
         self._rate = 0.0  # tokens a second that the last plan expected
         self._row = math.inf  # seconds of a candidate's row beside those of other sequences
         self._least = 0.0  # what a candidate of a draft model must bring, in tokens
@@ -498,11 +502,12 @@ class AutoControl:
         cost = self._extra(load, taken + budget) - self._extra(load, taken)
         drafting = price[0] + price[1] * budget * self.depth_share[at] + price[2]
         drafting += price[3] * (len(follower.sequence.tokens) - arm.read)
+        drafting *= 0.5 ** ((self.steps - self._priced[at]) / FADING)
         if not sleeps and self._rate:  # what the others would have brought
             drafting += follower.ladder.value / self._rate
         if cost + drafting <= self.purse:
             self.purse -= cost + drafting
-            self._probing, self._probed = follower, cost
+            self._probing, self._probed = follower, (at, cost, drafting)
             self._assign(follower, [(at, budget)])
             budgets[place] = budget
 
@@ -598,8 +603,13 @@ class AutoControl:
                 self._count(follower, at, arm.state, max(budget, count), count, accepted)
         if self._probing is not None:
             self._assign(self._probing, self._probing.shares)
+            at, cost, paid = self._probed
+            spent = report.draft_seconds
+            if isinstance(drafting, Portfolio):
+                spent = drafting.seconds[at]
+            self.purse += paid - spent
             if not report.candidates:
-                self.purse += self._probed  # nothing was verified
+                self.purse += cost  # nothing was verified
             self._probing = None
         for at, times in enumerate(self.drafts):
             if asked[at] and (times.seen < REFRESH or not self.steps % LEARN_OFTEN):
@@ -607,7 +617,9 @@ class AutoControl:
                 if isinstance(drafting, Portfolio):
                     seconds = drafting.seconds[at]
                 terms = (1, deepest[at], asked[at], reading[at])
-                times.observe(terms, seconds + self._thought)
+                if self._priced[at]:  # the first time of all, it allocates and wakes caches
+                    times.observe(terms, seconds + self._thought)
+                self._priced[at] = self.steps
                 self._thought = 0.0
         self._thought = 0.0
 
