@@ -378,7 +378,7 @@ def test_nothing_is_planned_for_a_drafter_that_has_nothing() -> None:
 
 @pytest.mark.parametrize("slow", [1, 5])
 def test_a_bad_moment_is_not_held_against_a_drafter(slow: int) -> None:
-    """The first times that it is asked take up to fifteen steps each: an allocation, or a machine that
+    """The first times that it is asked take fifteen steps each: an allocation, or a machine that
     was busy with something else."""
     calls = itertools.count()
 

@@ -19,7 +19,7 @@ from hasten.speculation.base import (
     StepReport,
 )
 from hasten.speculation.drafters.any import AnyOf, Portfolio
-from hasten.speculation.latency import LinearTimes, PassTimes
+from hasten.speculation.prices import Prices
 
 OWN, SHARED = 0.96, 0.98
 """What a sequence's and a tenant's curves keep with each proposal."""
@@ -48,9 +48,6 @@ TRUST = 20.0
 """Candidates that weigh for an expectation, a draft model's or our own, before it is tested."""
 CALIBRATE = 50
 """Steps, or drafts of a model, over which what they brought is held against what was expected."""
-FADING = 200.0
-"""Steps after which a price that was not learned again is believed by half, where a probe is
-considered: it may come from a bad moment, and would otherwise keep itself from being corrected."""
 PLANNING = 0.01
 """Share of the time that weighing budgets may take; between two times, they stay as they are."""
 LOOKING = 0.005
@@ -172,13 +169,7 @@ class AutoControl:
         self.graded = [at for at, card in enumerate(cards) if "grades-proposals" in card.does]
         self.states = [GRADES + 1 if at in self.graded else HEATS for at in range(len(cards))]
         self.by_trial = ["drafts-from-text" in card.does for card in cards]
-        self.passes = PassTimes(context.max_batch_tokens)
-        if context.time_step is not None:
-            self.passes.look(context.time_step)
-        self.around = LinearTimes((1, 1, 1))  # of a step, its sequences, its candidates
-        # of a round, its depth, its sequences, what they have to read
-        self.drafts = [LinearTimes((1, 8, 1, 64)) for _ in cards]
-        self.depth_share = [1.0] * len(cards)  # depth of a tree, against its candidates
+        self.prices = Prices(context, len(cards))
         self.followers: dict[int, Follower] = {}
         self.tenants: dict[str, list[list[Curve]]] = {}
         self.length = TEXT
@@ -195,13 +186,10 @@ class AutoControl:
         """Seconds that planning may take, negative after it took them."""
         self.steps = 0
         self._load: tuple[int, int] = (0, 0)
-        self._costs: dict[int, float] = {}  # seconds of a step by rows, at the load
-        self._prices: list[tuple[float, float, float, float]] = []  # of the drafters
         self._asked: list[Follower] = []
         self._drafting = 0  # candidates that were asked for in this step
         self._probing: Follower | None = None  # it drafts in this step for a trial's sake
         self._probed = (0, 0.0, 0.0)  # which, and the target's and the draft's time paid for it
-        self._priced = [0] * len(cards)  # the step in which a drafter's price was last learned
         self._rate = 0.0  # tokens a second that the last plan expected
         self._row = math.inf  # seconds of a candidate's row beside those of other sequences
         self._least = 0.0  # what a candidate of a draft model must bring, in tokens
@@ -233,13 +221,13 @@ class AutoControl:
                 break
         if (load.decoding, load.rows_taken) != self._load:
             self._load, news = (load.decoding, load.rows_taken), True
-            self._costs.clear()
+            self.prices.refresh()
             self._rate = 0.0
-            if len(self.drafts) > 1:  # which of them pay hangs on the load
+            if len(self.prices.rounds) > 1:  # which of them pay hangs on the load
                 for follower in asked:
                     follower.news = True
         elif not self.steps % REFRESH:
-            self._costs.clear()
+            self.prices.refresh()
         if news and self._spare >= 0:
             began = self.clock()
             self._choose(load)
@@ -293,25 +281,20 @@ class AutoControl:
 
     def _choose(self, load: Load) -> None:
         """Drafters and budgets for this step, with and without what is shared by several."""
-        if not self.passes.known:  # no look was possible: the first steps run plain
+        prices = self.prices
+        if not prices.passes.known:  # no look was possible: the first steps run plain
             return
-        if not self._costs:
-            self._prices = [
-                tuple(max(0.0, p) for p in times.price)  # type: ignore[misc]
-                for times in self.drafts
-            ]
-        # without the prompts' rows, which this step computes anyway
-        plain = self.passes.seconds(load.decoding, load.context)
-        plain += self.around.seconds((1, load.decoding, 0))
+        plain = prices.plain(load)
         for place, follower in enumerate(self._asked):
             if follower.news:
                 self._weigh(follower, place, load, plain)
         ladders = [follower.ladder for follower in self._asked]
         self._rate, steps = self._allocate(ladders, load, plain)
-        if len(self.drafts) > 1 and load.decoding > 1:
+        if len(prices.rounds) > 1 and load.decoding > 1:
             # a round's price was shared by all, but perhaps too few want it to pay for it
             for barred in sorted({step[3] for step in steps}):
-                if self._prices[barred][0] + self._prices[barred][1] > DEAR * plain:
+                price = prices.rounds[barred]
+                if price.round + price.depth > DEAR * plain:
                     without = [self._ladder(f, load, barred) for f in self._asked]
                     rate, fewer = self._allocate(without, load, plain)
                     if rate > self._rate:
@@ -319,13 +302,14 @@ class AutoControl:
         self._allot(steps, ladders)
         self._await = sum(step[2] for step in steps)
         more = sum(step[1] for step in steps)
-        extra = self._extra(load, more)
-        row = self._extra(load, more + 1) - extra
+        extra = prices.extra(load, more)
+        row = prices.extra(load, more + 1) - extra
         # alone, a sequence pays for its rows what they cost behind its own
         shared = load.decoding > 1 and more > 0
         self._row = extra / more if shared else math.inf
-        prices = [p[1] for p, trial in zip(self._prices, self.by_trial, strict=True) if not trial]
-        self._least = self._rate * (row + min(prices, default=0.0) / load.decoding)
+        models = zip(prices.rounds, self.by_trial, strict=True)
+        token = min((price.depth for price, trial in models if not trial), default=0.0)
+        self._least = self._rate * (row + token / load.decoding)
 
     def _allocate(
         self, ladders: list[Ladder], load: Load, plain: float
@@ -339,7 +323,7 @@ class AutoControl:
         tokens, more, drafting = float(decoding), 0.0, 0.0
         best = tokens / plain * (1 + MARGIN)
         best_at = -1
-        deepest = [0.0] * len(self.drafts)
+        deepest = [0.0] * len(self.prices.rounds)
         left = load.rows_left
         held: dict[int, int] = {}
         for at, (_, rows, gain, arm, budget, depth, chance, follower) in enumerate(steps):
@@ -351,16 +335,16 @@ class AutoControl:
                 held[id(follower)] = budget
             tokens += gain
             more += rows
-            price = self._prices[arm]
-            drafting += price[3] * gain
+            price = self.prices.rounds[arm]
+            drafting += price.reading * gain
             if depth > deepest[arm]:  # a round is shared by those who draft in it
-                drafting += min(1.0, chance * decoding) * price[1] * (depth - deepest[arm])
+                drafting += min(1.0, chance * decoding) * price.depth * (depth - deepest[arm])
                 if not deepest[arm]:
-                    drafting += min(1.0, chance * decoding) * price[0]
+                    drafting += min(1.0, chance * decoding) * price.round
                 deepest[arm] = depth
             if budget == follower.arms[arm].steps[0][2]:
-                drafting += chance * (price[2] + price[3])
-            rate = tokens / (plain + self._extra(load, more) + drafting)
+                drafting += chance * (price.sequence + price.reading)
+            rate = tokens / (plain + self.prices.extra(load, more) + drafting)
             if rate > best:
                 best, best_at = rate, at
         return best, steps[: best_at + 1]
@@ -373,7 +357,7 @@ class AutoControl:
         for _, _, _, at, budget, _, _, follower in steps:
             follower.arms[at].budget = budget
             follower.budget = max(follower.budget, budget)
-        if len(self.drafts) > 1:
+        if len(self.prices.rounds) > 1:
             for follower, ladder in zip(self._asked, ladders, strict=True):
                 shares = [(at, follower.arms[at].budget) for at in ladder.order]
                 shares = [(at, budget) for at, budget in shares if budget]
@@ -417,8 +401,8 @@ class AutoControl:
                 if at == barred:
                     continue
                 # worth asking before the better of those so far?
-                chance, price = arms[at].presence, self._prices[at]
-                in_vain = self._rate * (price[0] / load.decoding + price[2])
+                chance, price = arms[at].presence, self.prices.rounds[at]
+                in_vain = self._rate * (price.round / load.decoding + price.sequence)
                 value = chance * arms[at].value + (1 - chance) * (ladder.value - in_vain)
                 if value > ladder.value:
                     ladder.value = value
@@ -428,7 +412,7 @@ class AutoControl:
             found = chance * arms[at].presence
             depth = 0.0
             for rows, gain, budget in arms[at].steps:
-                depth += rows * self.depth_share[at]
+                depth += rows * self.prices.depth_share[at]
                 ladder.steps.append(
                     (gain / rows, rows * found, gain * found, at, budget, depth, chance, follower)
                 )
@@ -439,16 +423,18 @@ class AutoControl:
 
     def _value(self, follower: Follower, arm: int, load: Load, rate: float) -> float:
         """Tokens that a proposal brings, less those that could be had in the time it takes."""
-        state, price, sequence = follower.arms[arm], self._prices[arm], follower.sequence
+        state, sequence = follower.arms[arm], follower.sequence
+        price, depth_share = self.prices.rounds[arm], self.prices.depth_share[arm]
         written = len(sequence.tokens) - sequence.num_prompt
         left = max(self.length - written, self.length / 4)
         # each token is read once; what it missed is paid for by the tokens to come
-        reading = price[3] * (1 + (len(sequence.tokens) - state.read) / left)
+        reading = price.reading * (1 + (len(sequence.tokens) - state.read) / left)
         tokens, more, best = 0.0, 0.0, 0.0
         for rows, gain, _ in state.steps:
             tokens, more = tokens + gain, more + rows
-            cost = min(self._extra(load, more), more * self._row)
-            cost += price[2] + (price[0] + price[1] * more * self.depth_share[arm]) / load.decoding
+            cost = min(self.prices.extra(load, more), more * self._row)
+            cost += price.sequence
+            cost += (price.round + price.depth * more * depth_share) / load.decoding
             cost += reading * (1 + tokens)
             best = max(best, tokens - rate * cost)
         return best
@@ -458,23 +444,6 @@ class AutoControl:
         if isinstance(drafting, Portfolio) and sequence.draft_state is not None:  # it has not ended
             drafting.assign(sequence, shares)
 
-    def _extra(self, load: Load, rows: float) -> float:
-        """Seconds that candidates add to a step, without their drafting."""
-        whole = load.rows_taken + int(rows)
-        below = self._cost(load, whole)
-        if rows != int(rows):
-            below += (self._cost(load, whole + 1) - below) * (rows - int(rows))
-        return below - self._cost(load, load.rows_taken)
-
-    def _cost(self, load: Load, rows: int) -> float:
-        cost = self._costs.get(rows)
-        if cost is None:
-            reads = load.context / max(load.decoding, 1)  # of a row
-            terms = (1, load.decoding, rows - load.rows_taken)
-            cost = self.passes.seconds(rows, rows * reads) + self.around.seconds(terms)
-            cost = self._costs[rows] = max(cost, 1e-9)
-        return cost
-
     def _probe(self, load: Load, budgets: list[int], place: int) -> None:
         """Let a drafter propose that is not asked, if what that costs is in the purse.
 
@@ -483,7 +452,7 @@ class AutoControl:
         """
         follower = self._asked[place]
         budget = min(PROBE_CANDIDATES, load.rows_left - sum(budgets), self.method.most)
-        if budget < 1 or not self.passes.known:
+        if budget < 1 or not self.prices.passes.known:
             return
         sleeps = not follower.budget
         arms = [
@@ -497,12 +466,11 @@ class AutoControl:
         if not arms:
             return
         at = min(arms, key=lambda at: follower.arms[at].tries)
-        arm, price = follower.arms[at], self._prices[at]
+        arm, prices = follower.arms[at], self.prices
         taken = sum(budgets)
-        cost = self._extra(load, taken + budget) - self._extra(load, taken)
-        drafting = price[0] + price[1] * budget * self.depth_share[at] + price[2]
-        drafting += price[3] * (len(follower.sequence.tokens) - arm.read)
-        drafting *= 0.5 ** ((self.steps - self._priced[at]) / FADING)
+        cost = prices.extra(load, taken + budget) - prices.extra(load, taken)
+        unread = len(follower.sequence.tokens) - arm.read
+        drafting = prices.lone(at, budget, unread, self.steps)
         if not sleeps and self._rate:  # what the others would have brought
             drafting += follower.ladder.value / self._rate
         if cost + drafting <= self.purse:
@@ -546,8 +514,8 @@ class AutoControl:
         if self._drafting:
             self._learn_drafts(report)
         often = LEARN_OFTEN if report.candidates else LEARN_EVERY
-        if not self.steps % often or self.around.seen < REFRESH:
-            self._learn_times(report)
+        if not self.steps % often or self.prices.around.seen < REFRESH:
+            self.prices.observe(report)
         followers = self.followers
         for outcome in report.outcomes:
             follower = followers.get(id(outcome.sequence))
@@ -561,17 +529,9 @@ class AutoControl:
             if follower is not None:
                 self._try(follower)
 
-    def _learn_times(self, report: StepReport) -> None:
-        load = report.load
-        reads = load.context / max(load.decoding, 1) * report.rows
-        self.passes.observe(report.rows, reads, report.forward_seconds)
-        if load.rows_taken == load.decoding:  # prompt chunks have costs of their own
-            rest = report.step_seconds - report.forward_seconds - report.draft_seconds
-            self.around.observe((1, load.decoding, report.candidates), rest)
-
     def _learn_drafts(self, report: StepReport) -> None:
         """Count proposals, and what drafting took."""
-        arms = len(self.drafts)
+        prices, arms = self.prices, len(self.prices.rounds)
         asked, deepest, reading = [0] * arms, [0] * arms, [0] * arms
         drafting = self.context.drafting()
         turns = drafting.take_turns() if isinstance(drafting, Portfolio) else None
@@ -598,7 +558,7 @@ class AutoControl:
                 if count:
                     depth = tree.depth[-1]
                     deepest[at] = max(deepest[at], depth)
-                    self.depth_share[at] += 0.05 * (depth / count - self.depth_share[at])
+                    prices.depth_share[at] += 0.05 * (depth / count - prices.depth_share[at])
                 accepted = outcome.path[1:] if count else []
                 self._count(follower, at, arm.state, max(budget, count), count, accepted)
         if self._probing is not None:
@@ -611,15 +571,13 @@ class AutoControl:
             if not report.candidates:
                 self.purse += cost  # nothing was verified
             self._probing = None
-        for at, times in enumerate(self.drafts):
-            if asked[at] and (times.seen < REFRESH or not self.steps % LEARN_OFTEN):
+        for at in range(arms):
+            if asked[at] and (prices.rounds_seen(at) < REFRESH or not self.steps % LEARN_OFTEN):
                 seconds = report.draft_seconds
                 if isinstance(drafting, Portfolio):
                     seconds = drafting.seconds[at]
-                terms = (1, deepest[at], asked[at], reading[at])
-                if self._priced[at]:  # the first time of all, it allocates and wakes caches
-                    times.observe(terms, seconds + self._thought)
-                self._priced[at] = self.steps
+                seconds += self._thought
+                prices.observe_round(at, deepest[at], asked[at], reading[at], seconds, self.steps)
                 self._thought = 0.0
         self._thought = 0.0
 

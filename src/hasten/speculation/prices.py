@@ -1,0 +1,110 @@
+"""What candidates and their drafting cost at the moment, for a controller that weighs them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hasten.speculation.base import ControlContext, Load, StepReport
+from hasten.speculation.latency import LinearTimes, PassTimes
+
+FADING = 200.0
+"""Steps after which a price that was not learned again is believed by half."""
+
+
+class RoundPrice(NamedTuple):
+    """Seconds that a drafter takes.
+
+    Attributes:
+        round: each time that it is asked, whoever drafts.
+        depth: for each candidate of the deepest path; sequences draft side by side.
+        sequence: for each sequence that drafts.
+        reading: for each token of a sequence that it has to read first.
+    """
+
+    round: float
+    depth: float
+    sequence: float
+    reading: float
+
+
+class Prices:
+    """Times of steps by their rows, and of rounds of several drafters.
+
+    Attributes:
+        passes: seconds of a forward pass.
+        around: seconds of the rest: of a step, its sequences, its candidates.
+        rounds: what the drafters take, as of the last ``refresh``.
+        depth_share: depth of a drafter's trees, against their candidates.
+    """
+
+    def __init__(self, context: ControlContext, drafters: int) -> None:
+        self.passes = PassTimes(context.max_batch_tokens)
+        if context.time_step is not None:
+            self.passes.look(context.time_step)
+        self.around = LinearTimes((1, 1, 1))
+        # usual depths and reading: one who drafts first has most often a prompt to read
+        self._drafts = [LinearTimes((1, 8, 1, 64)) for _ in range(drafters)]
+        self.rounds = [RoundPrice(0.0, 0.0, 0.0, 0.0)] * drafters
+        self.depth_share = [1.0] * drafters
+        self._learned = [0] * drafters
+        """The step in which a drafter's times were last learned."""
+        self._steps: dict[int, float] = {}
+
+    def refresh(self) -> None:
+        """From now on, go by what was learned until now, for the load of the next step."""
+        self._steps.clear()
+        self.rounds = [RoundPrice(*(max(0.0, p) for p in times.price)) for times in self._drafts]
+
+    def plain(self, load: Load) -> float:
+        """Seconds of a step without drafts, and without the prompts' rows, which it computes
+        anyway."""
+        seconds = self.passes.seconds(load.decoding, load.context)
+        return seconds + self.around.seconds((1, load.decoding, 0))
+
+    def extra(self, load: Load, rows: float) -> float:
+        """Seconds that candidates add to a step, without their drafting."""
+        whole = load.rows_taken + int(rows)
+        below = self._step(load, whole)
+        if rows != int(rows):
+            below += (self._step(load, whole + 1) - below) * (rows - int(rows))
+        return below - self._step(load, load.rows_taken)
+
+    def _step(self, load: Load, rows: int) -> float:
+        seconds = self._steps.get(rows)
+        if seconds is None:
+            reads = load.context / max(load.decoding, 1)  # of a row
+            terms = (1, load.decoding, rows - load.rows_taken)
+            seconds = self.passes.seconds(rows, rows * reads) + self.around.seconds(terms)
+            seconds = self._steps[rows] = max(seconds, 1e-9)
+        return seconds
+
+    def lone(self, drafter: int, candidates: int, unread: int, step: int) -> float:
+        """Seconds that a drafter takes for one sequence in a round of its own.
+
+        The longer nobody asked it, the less its price is believed: that may come from a bad
+        moment, and would otherwise keep itself from being corrected.
+        """
+        price = self.rounds[drafter]
+        seconds = price.round + price.sequence + price.reading * unread
+        seconds += price.depth * candidates * self.depth_share[drafter]
+        return float(seconds * 0.5 ** ((step - self._learned[drafter]) / FADING))
+
+    def observe(self, report: StepReport) -> None:
+        """Learn from a step."""
+        load = report.load
+        reads = load.context / max(load.decoding, 1) * report.rows
+        self.passes.observe(report.rows, reads, report.forward_seconds)
+        if load.rows_taken == load.decoding:  # prompt chunks have costs of their own
+            rest = report.step_seconds - report.forward_seconds - report.draft_seconds
+            self.around.observe((1, load.decoding, report.candidates), rest)
+
+    def observe_round(
+        self, drafter: int, deepest: int, sequences: int, unread: int, seconds: float, step: int
+    ) -> None:
+        """Learn from what a drafter took; not from its first time of all, when it allocates."""
+        if self._learned[drafter]:
+            self._drafts[drafter].observe((1, deepest, sequences, unread), seconds)
+        self._learned[drafter] = step
+
+    def rounds_seen(self, drafter: int) -> int:
+        return self._drafts[drafter].seen
