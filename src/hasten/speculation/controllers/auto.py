@@ -102,6 +102,8 @@ class Arm:
         trial: a proposal that waits for its text.
         tries: proposals that were counted.
         counted: the step in which the last of them was.
+        since: tokens of the sequence when it was first asked, and ``brought`` those that came in
+            steps in which it was.
         pause: steps to wait after a trial that failed, ``until`` a step.
     """
 
@@ -119,6 +121,8 @@ class Arm:
     counted: int = 0
     pause: int = 0
     until: int = 0
+    since: int = -1
+    brought: int = 0
 
 
 @dataclass(slots=True)
@@ -174,6 +178,8 @@ class AutoControl:
         self.tenants: dict[str, list[list[Curve]]] = {}
         self.length = TEXT
         """Tokens of the outputs that ended, on average."""
+        self.use = [1.0] * len(cards)
+        """Share of the tokens after a drafter was first asked that came in steps in which it was."""
         self.purse = 0.0
         """Seconds that may be spent on looking."""
         self._thought = 0.0
@@ -426,7 +432,7 @@ class AutoControl:
         state, sequence = follower.arms[arm], follower.sequence
         price, depth_share = self.prices.rounds[arm], self.prices.depth_share[arm]
         written = len(sequence.tokens) - sequence.num_prompt
-        left = max(self.length - written, self.length / 4)
+        left = max(self.length - written, self.length / 4) * self.use[arm]
         # each token is read once; what it missed is paid for by the tokens to come
         reading = price.reading * (1 + (len(sequence.tokens) - state.read) / left)
         tokens, more, best = 0.0, 0.0, 0.0
@@ -555,6 +561,9 @@ class AutoControl:
                 asked[at] += 1
                 reading[at] += outcome.start + 1 - arm.read
                 arm.read = outcome.start + 1
+                if arm.since < 0:
+                    arm.since = arm.read
+                arm.brought += len(outcome.tokens)
                 if count:
                     depth = tree.depth[-1]
                     deepest[at] = max(deepest[at], depth)
@@ -639,7 +648,13 @@ class AutoControl:
 
     def close(self, sequence: Draftable) -> None:
         self._hopes.pop(id(sequence), None)  # of a draft that was never verified
-        if self.followers.pop(id(sequence), None) is not None:
+        if (follower := self.followers.pop(id(sequence), None)) is not None:
+            for at, arm in enumerate(follower.arms):
+                after = len(sequence.tokens) - arm.since
+                if arm.since >= 0 and after > 0:
+                    self.use[at] += 0.1 * (arm.brought / after - self.use[at])
+                else:  # what is not used may have become useful
+                    self.use[at] += 0.02 * (1.0 - self.use[at])
             written = len(sequence.tokens) - sequence.num_prompt
             self.length += 0.1 * (written - self.length)
 
