@@ -179,7 +179,8 @@ class AutoControl:
         self.length = TEXT
         """Tokens of the outputs that ended, on average."""
         self.use = [1.0] * len(cards)
-        """Share of the tokens after a drafter was first asked that came in steps in which it was."""
+        """Share of the tokens behind the first time that a drafter is asked that come from steps in
+        which it is."""
         self.purse = 0.0
         """Seconds that may be spent on looking."""
         self._thought = 0.0
