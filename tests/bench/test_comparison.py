@@ -106,6 +106,7 @@ class Paced:
             ttft=[0.5],
             tpot=[0.1],
             spent={item.id: 4 * self._pace[item.category] for item in items},
+            whole={item.id: 1 + 4 * self._pace[item.category] for item in items},
             decoded={item.id: 4 for item in items},
         )
 
@@ -126,7 +127,10 @@ def test_kinds_of_work_in_tokens_a_second_and_against_the_first(tmp_path: Path) 
     assert lines[2] == "| `plain` | 10.0 (10.0-10.0) | 20.0 (20.0-20.0) |"
     assert lines[3] == "| `other` | 40.0 (40.0-40.0) | 10.0 (10.0-10.0) |"
     assert lines[5] == "| decoding against first | copy | edit |"
-    assert lines[-1] == "| `other` | 4.00 (4.00-4.00)x | 0.50 (0.50-0.50)x |"
+    assert lines[7] == "| plain outputs that end in a loop | 0 % of 2 | 0 % of 2 |"
+    assert lines[8] == "| `other` | 4.00 (4.00-4.00)x | 0.50 (0.50-0.50)x |"
+    assert lines[10] == "| with prompts, against first | copy | edit |"
+    assert lines[12] == "| `other` | 1.27 (1.27-1.27)x | 0.86 (0.86-0.86)x |"
     _, data, _ = report.write(tmp_path, "t", rows, categories=[copy, edit])
     kinds = json.loads(data.read_text())["categories"]
     assert kinds[1]["decode_per_second"] == {
@@ -149,6 +153,9 @@ def test_a_run_of_hasten_counts_itself_only(llm: LLM) -> None:
     assert first.speculation == second.speculation
     assert first.speculation.passes <= 10 and first.outside is not None and 0 <= first.outside < 1
     assert first.tokens_per_second == pytest.approx(10 / first.seconds)
+    alone = contestant.run(ITEMS[:1], PARAMS)
+    ((item, whole),) = alone.whole.items()
+    assert alone.spent[item] < whole <= alone.seconds
     # the prefix cache was emptied, so the second run started from nothing too
     assert llm.engine.cache.stats.prefix_hits == 0
 

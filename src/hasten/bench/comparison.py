@@ -51,10 +51,12 @@ def compare(
     params: SamplingParams,
     rounds: int = 5,
     on_run: Callable[[str, int], None] = lambda name, round_: None,
+    warm_up: int | None = None,
 ) -> list[Row]:
     """Measure all contestants in the same minutes; the first one is the baseline.
 
-    One uncounted round warms up. The order rotates, so that no contestant always runs first.
+    One uncounted round warms up, with the first ``warm_up`` items only if that is given. The order
+    rotates, so that no contestant always runs first.
     """
     runs: dict[str, list[Run]] = {c.name: [] for c in contestants}
     if len(runs) != len(contestants):
@@ -63,7 +65,7 @@ def compare(
         turn = round_ % len(contestants)
         for contestant in [*contestants[turn:], *contestants[:turn]]:
             on_run(contestant.name, round_)
-            run = contestant.run(items, params)
+            run = contestant.run(items if round_ else items[:warm_up], params)
             if round_:
                 runs[contestant.name].append(run)
     base = runs[contestants[0].name]
@@ -153,6 +155,7 @@ class Category:
         speeds: decode tokens/s of one sequence (tokens after the first by the seconds from the
             first to the last, summed over the items), by contestant.
         ratios: the same against the baseline, round by round, of the others.
+        whole: tokens/s with the prompts' time, against the baseline.
     """
 
     name: str
@@ -160,12 +163,13 @@ class Category:
     loops: float
     speeds: dict[str, Spread]
     ratios: dict[str, Spread]
+    whole: dict[str, Spread]
 
 
 def by_category(rows: Sequence[Row], items: Sequence[Item]) -> list[Category]:
     """The comparison for each category of the items. Meant for one item at a time: an item's
-    seconds are then its own. Prompts do not count, since drafts do nothing for them. Categories
-    without a token after the first are left out."""
+    seconds are then its own. Prompts do not count in speeds and ratios, since drafts do nothing
+    for them. Categories without a token after the first are left out."""
     found: dict[str, list[str]] = {}
     for item in items:
         found.setdefault(item.category, []).append(item.id)
@@ -195,13 +199,27 @@ def by_category(rows: Sequence[Row], items: Sequence[Item]) -> list[Category]:
             )
             for row in rows[1:]
         }
-        categories.append(Category(name, len(ids), loops, speeds, ratios))
+        whole = {
+            row.name: Spread(
+                [
+                    _whole(own, ids) / _whole(plain, ids)
+                    for own, plain in zip(row.runs, base.runs, strict=True)
+                ]
+            )
+            for row in rows[1:]
+        }
+        categories.append(Category(name, len(ids), loops, speeds, ratios, whole))
     return categories
 
 
+def _whole(run: Run, ids: Sequence[str]) -> float:
+    """Tokens a second of some items with their prompts."""
+    return sum(len(run.tokens[i]) for i in ids) / sum(run.whole[i] for i in ids)
+
+
 def category_table(categories: Sequence[Category]) -> str:
-    """Contestants by categories, in two Markdown tables: decode tokens/s of one sequence, and
-    the same against the baseline; median (min-max)."""
+    """Contestants by categories, in three Markdown tables: decode tokens/s of one sequence, the
+    same against the baseline, and against it with the prompts; median (min-max)."""
     names = [c.name or "all" for c in categories]
     shares = [f"{100 * c.loops:.0f} % of {c.items}" for c in categories]
     lines = [
@@ -216,6 +234,12 @@ def category_table(categories: Sequence[Category]) -> str:
         *(
             _cells(_code(name), [f"{c.ratios[name]}x" for c in categories])
             for name in categories[0].ratios
+        ),
+        "",
+        *_head("with prompts, against first", names),
+        *(
+            _cells(_code(name), [f"{c.whole[name]}x" for c in categories])
+            for name in categories[0].whole
         ),
     ]
     return "\n".join(lines)

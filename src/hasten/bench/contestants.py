@@ -31,6 +31,7 @@ class Run:
         ttft: seconds to the first token, by item.
         tpot: seconds per token after the first, by item that took at least two steps.
         spent: seconds from the first token to the last, of all turns, by item.
+        whole: seconds of an item with its prompts, where one item runs at a time.
         decoded: tokens in that time, the first of each turn left out, by item.
         speculation: what drafts were worth, over all items.
         outside: share of the step time that was not the model's forward, where known.
@@ -41,6 +42,7 @@ class Run:
     ttft: list[float] = field(default_factory=list)
     tpot: list[float] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
     decoded: dict[str, int] = field(default_factory=dict)
     speculation: DraftStatistics = field(default_factory=DraftStatistics)
     outside: float | None = None
@@ -75,7 +77,7 @@ class HastenContestant:
         stats = self.front.engine.stats
         step, forward = stats.step_seconds, stats.forward_seconds
         began = time.perf_counter()
-        run = Run(0.0, {})
+        run, free = Run(0.0, {}), 0.0  # since when nobody is served
         for event in ItemRunner(self.front, params).run(items):
             if not event.done:
                 continue
@@ -87,7 +89,9 @@ class HastenContestant:
             for result in event.progress.results:
                 figures = result.outputs[0].figures
                 times = figures.token_times
-                _note_times(run, event.progress.item.id, times, times[0] - figures.arrived)
+                begun = max(free, figures.arrived)
+                free = times[-1]
+                _note_times(run, event.progress.item.id, times, figures.arrived, begun)
                 run.speculation.add(figures.speculation)
         run.seconds = time.perf_counter() - began
         spent = stats.step_seconds - step
@@ -95,10 +99,12 @@ class HastenContestant:
         return run
 
 
-def _note_times(run: Run, item: str, times: Sequence[float], ttft: float) -> None:
-    """Add a turn of an item, whose tokens came at ``times``: those of one step at the same."""
+def _note_times(run: Run, item: str, times: Sequence[float], arrived: float, begun: float) -> None:
+    """Add a turn of an item, whose tokens came at ``times``: those of one step at the same. It
+    was ``begun`` when what was before it had ended."""
     spent = times[-1] - times[0]
-    run.ttft.append(ttft)
+    run.ttft.append(times[0] - arrived)
+    run.whole[item] = run.whole.get(item, 0.0) + times[-1] - begun
     if spent > 0:  # else one step gave all tokens, and says nothing about the next
         run.tpot.append(spent / (len(times) - 1))
     run.spent[item] = run.spent.get(item, 0.0) + spent
@@ -137,7 +143,7 @@ class PeerContestant:
                 times = answer["times"]
                 for one, tokens in zip(open_, answer["tokens"], strict=True):
                     run.tokens[one.item.id] += tokens
-                    _note_times(run, one.item.id, times, waited + times[0])
+                    _note_times(run, one.item.id, times, -waited, 0.0)
                     _note_steps(run.speculation, times)
                     one.answer(tokens)
                 run.seconds += times[-1]

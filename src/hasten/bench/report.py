@@ -60,6 +60,7 @@ def as_json(
                 "loops": c.loops,
                 "decode_per_second": {name: spread.values for name, spread in c.speeds.items()},
                 "ratios": {name: spread.values for name, spread in c.ratios.items()},
+                "with_prompts": {name: spread.values for name, spread in c.whole.items()},
             }
             for c in categories
         ]

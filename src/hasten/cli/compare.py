@@ -41,6 +41,10 @@ def compare(
     max_tokens: o.MaxTokens = 64,
     batch: o.Batch = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; one more warms up.")] = 5,
+    warm_up: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts of the round that warms up. Default: all."),
+    ] = None,
     peers: Annotated[
         bool,
         typer.Option(
@@ -151,7 +155,7 @@ def compare(
                 contestants += running
                 absent += missing
             with o.line_of_rounds(rounds, len(contestants)) as show:
-                rows = comparison.compare(contestants, items, params, rounds, show)
+                rows = comparison.compare(contestants, items, params, rounds, show, warm_up)
         shape = f"{len(items)} prompts of {workload}, batch {batch}, {max_tokens} tokens, greedy"
         if setup is not None:
             shape += report.beside_peers()
