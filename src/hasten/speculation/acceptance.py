@@ -92,12 +92,12 @@ def presence(own: Curve, shared: Curve) -> float:
     return (own.given + PRIOR * rate) / (own.asked + PRIOR)
 
 
-def worth(own: Curve, shared: Curve, most: int) -> Worth:
+def worth(own: Curve, shared: Curve, most: int, trust: float = 1.0) -> Worth:
     """What proposals with budgets up to ``most`` are expected to bring, as the upper hull of the
     curve.
 
     ``own`` leans on ``shared`` where it has seen little, and that on optimism: what was never
-    tried is worth trying.
+    tried is worth trying. What it has seen weighs by ``trust``.
     """
     found: Worth = []
     density, bound = OPTIMISM / ONWARD, 1.0
@@ -109,9 +109,9 @@ def worth(own: Curve, shared: Curve, most: int) -> Worth:
         rows = (shared.rows[r] + GUESS * width) / weight
         if gain > rows * bound:  # other texts' luck says little where this one has none
             gain = rows * bound
-        weight = own.seen[r] + PRIOR
-        gain = (own.gain[r] + PRIOR * gain) / weight
-        rows = (own.rows[r] + PRIOR * rows) / weight
+        weight = trust * own.seen[r] + PRIOR
+        gain = (trust * own.gain[r] + PRIOR * gain) / weight
+        rows = (trust * own.rows[r] + PRIOR * rows) / weight
         density = bound = gain / rows
         while found and found[-1][1] * rows < gain * found[-1][0]:  # the hull stays concave
             rows += found[-1][0]

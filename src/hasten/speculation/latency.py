@@ -94,10 +94,12 @@ class PassTimes:
                 error *= limit / relative
             near = min(self.count[low], 20) if share < 0.5 else min(self.count[high], 20)
             step = max(0.1, 1 / (near + 1))
-        step *= error / ((1 - share) ** 2 + share**2)
-        for place, weight in ((low, 1 - share), (high, share)):
+        # the knot that less is known of takes more of the error
+        doubt = [1 / (self.count[place] + 0.1) for place in (low, high)]
+        step *= error / ((1 - share) ** 2 * doubt[0] + share**2 * doubt[1])
+        for place, weight, own in ((low, 1 - share, doubt[0]), (high, share, doubt[1])):
             if weight > 0:
-                self.value[place] = max(1e-9, self.value[place] + step * weight)
+                self.value[place] = max(1e-9, self.value[place] + step * weight * own)
                 self.count[place] += weight >= 0.5
         if fresh or 0 in (self.count[low], self.count[high]):
             self._fill()

@@ -44,12 +44,19 @@ TENANTS = 1024
 """Tenants whose curves are kept (about 3 KiB each and drafter); the one longest unused goes."""
 DEAR = 0.003
 """Price of a round, as a share of a plain step, above which it is checked who pays for it."""
+CAPS = (1.0, 2.0, 4.0, 8.0)
+"""Depths at which a drafter with dear rounds may be stopped for all."""
 TRUST = 20.0
 """Candidates that weigh for an expectation, a draft model's or our own, before it is tested."""
 CALIBRATE = 50
 """Steps, or drafts of a model, over which what they brought is held against what was expected."""
 PLANNING = 0.01
 """Share of the time that weighing budgets may take; between two times, they stay as they are."""
+NEW = 64
+"""Proposals of a drafter, on average, until batches are explored less."""
+FORGETTING = 100.0
+"""Steps after which what a sequence did is believed by half, if nothing came to it since: bad luck
+put to sleep would otherwise never be found out."""
 LOOKING = 0.005
 """Share of the time that looking at the grades may take of sequences that do not draft."""
 SAVED = 200
@@ -181,6 +188,8 @@ class AutoControl:
         self.use = [1.0] * len(cards)
         """Share of the tokens behind the first time that a drafter is asked that come from steps in
         which it is."""
+        self.tried = 0
+        """Proposals that were counted, of all drafters."""
         self.purse = 0.0
         """Seconds that may be spent on looking."""
         self._thought = 0.0
@@ -235,6 +244,12 @@ class AutoControl:
                     follower.news = True
         elif not self.steps % REFRESH:
             self.prices.refresh()
+            news = True
+            for follower in asked:
+                if not follower.budget:  # what it is judged by is older now
+                    follower.news = True
+                    for arm in follower.arms:
+                        arm.news = True
         if news and self._spare >= 0:
             began = self.clock()
             self._choose(load)
@@ -297,15 +312,18 @@ class AutoControl:
                 self._weigh(follower, place, load, plain)
         ladders = [follower.ladder for follower in self._asked]
         self._rate, steps = self._allocate(ladders, load, plain)
-        if len(prices.rounds) > 1 and load.decoding > 1:
-            # a round's price was shared by all, but perhaps too few want it to pay for it
-            for barred in sorted({step[3] for step in steps}):
-                price = prices.rounds[barred]
-                if price.round + price.depth > DEAR * plain:
-                    without = [self._ladder(f, load, barred) for f in self._asked]
-                    rate, fewer = self._allocate(without, load, plain)
-                    if rate > self._rate:
-                        self._rate, steps, ladders = rate, fewer, without
+        dear = [at for at, p in enumerate(prices.rounds) if p.round + p.depth > DEAR * plain]
+        if load.decoding > 1 and dear:
+            # a round's price is shared by all, but perhaps too few want it, or want it so deep
+            for cap in CAPS:
+                rate, fewer = self._allocate(ladders, load, plain, dear, cap)
+                if rate > self._rate:
+                    self._rate, steps = rate, fewer
+            for barred in dear if len(prices.rounds) > 1 else ():
+                without = [self._ladder(f, load, barred) for f in self._asked]
+                rate, fewer = self._allocate(without, load, plain)
+                if rate > self._rate:
+                    self._rate, steps, ladders = rate, fewer, without
         self._allot(steps, ladders)
         self._await = sum(step[2] for step in steps)
         more = sum(step[1] for step in steps)
@@ -319,11 +337,21 @@ class AutoControl:
         self._least = self._rate * (row + token / load.decoding)
 
     def _allocate(
-        self, ladders: list[Ladder], load: Load, plain: float
+        self,
+        ladders: list[Ladder],
+        load: Load,
+        plain: float,
+        capped: Sequence[int] = (),
+        cap: float = math.inf,
     ) -> tuple[float, list[Step]]:
         """Raise budgets in the order of their worth a row, and keep the best point on the way;
-        returns the tokens a second that are expected there."""
-        steps = [step for ladder in ladders for step in ladder.steps]
+        returns the tokens a second that are expected there. Some drafters go to a depth at most."""
+        steps = [
+            step
+            for ladder in ladders
+            for step in ladder.steps
+            if step[5] <= cap or step[3] not in capped
+        ]
         if len(ladders) > 1:
             steps.sort(key=_density, reverse=True)
         decoding = load.decoding
@@ -388,9 +416,10 @@ class AutoControl:
                     continue
                 arm.presence = 1.0 if graded else presence(own, shared)
                 luck = min(1.0, self._gained / self._awaited)
+                trust = 0.5 ** ((self.steps - arm.counted) / FORGETTING)
                 arm.steps = [
                     (rows, gain * luck, budget)
-                    for rows, gain, budget in worth(own, shared, self.method.most)
+                    for rows, gain, budget in worth(own, shared, self.method.most, trust)
                     if gain > WORTHLESS * rows
                 ]
                 arm.news = False
@@ -508,8 +537,9 @@ class AutoControl:
         self.steps += 1
         seconds = report.step_seconds
         self._step = seconds if self._step == math.inf else 0.9 * self._step + 0.1 * seconds
-        # what one sequence's try teaches serves the others, too
-        share = self.method.explore * seconds / math.sqrt(max(report.load.decoding, 1))
+        share = self.method.explore * seconds
+        if self.tried > NEW * len(self.by_trial):  # what one sequence's try teaches serves others
+            share /= math.sqrt(max(report.load.decoding, 1))
         self.purse = min(self.purse + share, max(self.purse, SAVED * share))
         share = PLANNING * seconds
         self._spare = min(self._spare + share, max(self._spare, SAVED * share))
@@ -606,6 +636,7 @@ class AutoControl:
         if candidates and at not in self.graded:
             arm.state = 0 if not accepted else 2 if accepted[-1] == candidates else 1
         arm.tries += 1
+        self.tried += 1
         arm.counted = self.steps
         if follower.budget or accepted:  # who sleeps is not woken by failure
             arm.news = follower.news = True
