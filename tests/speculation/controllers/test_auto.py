@@ -409,3 +409,19 @@ def test_a_bad_moment_is_not_held_against_a_drafter(slow: int) -> None:
     simulation.run(8000)
     plain = 1 / FREE_ROWS(1)
     assert simulation.run(1000) > 3 * plain
+
+
+def test_all_stop_at_one_depth_where_depth_is_dear() -> None:
+    """In a batch that has room for one candidate each, a few sequences with luck would go deeper,
+    and all would wait for them."""
+    passes = machine(2e-2, 4e-4, free=50)
+    simulation = Simulation(
+        Auto(),
+        [Text(lambda position: 0.8) for _ in range(32)],
+        passes,
+        drafting=Lots(lambda k: 1e-3 * k, _rng()),
+        does=MODEL_LIKE,
+    )
+    simulation.run(200)
+    one_each = 32 * 1.8 / (passes(64) + 1e-3)
+    assert simulation.run(400) > 0.95 * one_each
