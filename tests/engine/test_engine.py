@@ -682,6 +682,7 @@ def test_thousands_may_wait_and_leave(tiny: Make) -> None:
         "draft=copyspec(k={})",
         "draft=aggressive(k={})",
         "draft=aded(nodes={})",
+        "draft=del(k={})",
         "draft=scripted(k={})",
         "draft=any(of=prompt-lookup(k={})|copyspec)",
     ],
