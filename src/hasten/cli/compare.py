@@ -31,8 +31,8 @@ def compare(
         str | None,
         typer.Option(
             "--draft",
-            help="Drafters to add to the first stack, such as 'aded+copyspec': each is a row. 'all' "
-            "is every drafter of hasten methods but none and the instruments of measurement "
+            help="Drafters to add to the first stack, such as 'aded+copyspec': each is a row. "
+            "'all' is every drafter of hasten methods but none and the instruments of measurement "
             "(scripted). Those that need a file which is not there are named below the table.",
         ),
     ] = None,
