@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -311,6 +312,42 @@ def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPat
         state = made.open(params, frozenset())
         assert state is not None and allowed(state) == set(VOCAB.ids(regex))
     assert compiled == ["a", "b", "c", "b"]
+
+
+def test_what_another_thread_prepared_is_not_compiled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where: list[str] = []
+    compile_ = GrammarConstraining._compile
+
+    def counted(self: GrammarConstraining, wanted: Any) -> Any:
+        where.append(threading.current_thread().name)
+        return compile_(self, wanted)
+
+    monkeypatch.setattr(GrammarConstraining, "_compile", counted)
+    made, keeps_none = constraining(cached=3), constraining(cached=0)
+    asked = [
+        SamplingParams(structured_outputs=cast(Any, {"regex": regex})) for regex in ("a", "ab?")
+    ]
+    threads = [threading.Thread(target=made.prepare, args=(p,), name="beside") for p in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(made.is_prepared, asked)) and made.is_prepared(SamplingParams())
+    for params in asked:
+        made.prepare(params)
+        state = made.open(params, frozenset())
+        assert state is not None and allowed(state) >= set(VOCAB.ids("a"))
+    assert where == ["beside", "beside"]
+    bad = SamplingParams(structured_outputs=cast(Any, {"regex": "("}))
+    assert not made.is_prepared(bad)
+    with pytest.raises(ConstraintError, match="unclosed group"):
+        made.prepare(bad)
+    where.clear()
+    keeps_none.prepare(asked[0])
+    assert keeps_none.is_prepared(asked[0]) and not where
+    assert keeps_none.open(asked[0], frozenset()) is not None and len(where) == 1
 
 
 def test_looking_ahead_leaves_no_trace() -> None:

@@ -78,7 +78,20 @@ class ConstraintState(Protocol):
 
 
 class Constraining(Protocol):
-    """A constraint at work in one engine. Requests that ask for none cost it nothing."""
+    """A constraint at work in one engine. Requests that ask for none cost it nothing.
+
+    ``open`` is called by the engine between two steps, so that what takes it long keeps every
+    running sequence waiting. Servers have that done before, in another thread: ``prepare``.
+    """
+
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """Whether ``open`` is quick. From any thread."""
+        ...
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Make ``open`` quick for these ``params``, where its result can be kept. From any thread,
+        also while the engine runs. Raises ``ConstraintError`` as ``open`` would."""
+        ...
 
     def open(self, params: SamplingParams, eos: Set[int]) -> ConstraintState | None:
         """The state before the first token, or None if ``params`` ask for no constraint.
