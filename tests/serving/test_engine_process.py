@@ -417,7 +417,8 @@ def test_what_is_too_large_for_a_message(llm: LLM, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engine_process, "MAX_FRAME", 20_000)
     peer = Peer(llm)
     for i in range(8):  # 5 kB each: too much for one message, not for several
-        peer.tell(Submit(f"small{i}", PROMPT, SamplingParams(max_tokens=2, prompt_logprobs=0)))
+        small = SamplingParams(max_tokens=2, prompt_logprobs=0, ignore_eos=True)
+        peer.tell(Submit(f"small{i}", PROMPT, small))
     peer.tell(Submit("large", PROMPT, SamplingParams(max_tokens=2, prompt_logprobs=50)))
     pieces, _ = peer.until(1)
     peer.close()
