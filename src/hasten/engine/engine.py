@@ -45,6 +45,7 @@ from hasten.speculation.base import (
     Outcome,
     StepReport,
 )
+from hasten.speculation.constrained import allowed_part
 from hasten.speculation.statistics import DraftStatistics
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
@@ -181,6 +182,8 @@ class Engine:
         """Set it to have the native operations of each step counted (``profiling``)."""
         self._arrivals = 0
         self._drafts = "proposes-tokens" in stack["draft"].card.does
+        # drafters that may propose without being verified do not mind if a part of it is not
+        self._cuts = "drafts-from-text" in stack["draft"].card.does
         self.constraining: Constraining = stack["constrain"].start(
             ConstrainContext(facts.vocab_size, tokenizer)
         )
@@ -491,7 +494,6 @@ class Engine:
             return load, trees, 0.0
         began = self.clock.now()
         proposed = self.drafting.propose(sequences, budgets)
-        seconds = self.clock.now() - began
         broken = [
             (sequence, why)
             for (i, sequence), budget, tree in zip(places, budgets, proposed, strict=True)
@@ -500,12 +502,14 @@ class Engine:
         if broken:
             raise ContractBroken(f"draft={self.stack['draft'].card.name}", broken)
         for (i, sequence), tree in zip(places, proposed, strict=True):
+            if self._cuts and sequence.sampler.constraint is not None:
+                tree = allowed_part(tree, sequence.sampler.constraint)
             candidates = len(tree) - 1
             if candidates and self.cache.reserve(
                 sequence.stream, len(sequence.tokens) + candidates
             ):
                 trees[i] = tree
-        return load, trees, seconds
+        return load, trees, self.clock.now() - began
 
     def _misdrafted(self, grant: Grant, tree: TokenTree, budget: int) -> str | None:
         """Why a proposed tree cannot be verified, or None."""

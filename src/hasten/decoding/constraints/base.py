@@ -15,7 +15,7 @@ the path's tokens advance it and are rolled back afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -62,6 +62,11 @@ class ConstraintState(Protocol):
 
     def rollback(self, count: int) -> None:
         """Take back the last ``count`` tokens."""
+        ...
+
+    def allowed(self, paths: Sequence[Sequence[int]]) -> list[int]:
+        """How many tokens of each path may follow, one after the other. Nothing is changed, and
+        where it would cost too much to tell, all of them count as allowed."""
         ...
 
     def fork(self) -> Self:

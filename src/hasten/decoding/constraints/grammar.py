@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -193,6 +193,23 @@ class GrammarState:
             self._matcher.rollback(count - behind)
             self._check()
             self._masked = None
+
+    def allowed(self, paths: Sequence[Sequence[int]]) -> list[int]:
+        if self._behind:
+            return [len(path) for path in paths]
+        # on a copy: what is found out about paths that are not taken counts for no limit
+        scout = self._matcher.deep_copy()
+        return [self._count(scout, path) for path in paths]
+
+    def _count(self, scout: LLMatcher, path: Sequence[int]) -> int:
+        end = next((i for i, token in enumerate(path) if token in self._ends), len(path))
+        text = list(path[:end])
+        count = int(scout.validate_tokens(text))
+        if end < len(path) and count == end and scout.try_consume_tokens(text) == end:
+            if scout.is_accepting():
+                count = len(path)  # behind an end everything may stand
+            scout.rollback(end)
+        return len(path) if scout.is_error() else count
 
     def fork(self) -> Self:
         twin = type(self)(self._matcher.deep_copy(), self._ends, self._vocab_size)
