@@ -658,6 +658,24 @@ def test_drafts_change_nothing(tiny: Make, drafts: str) -> None:
     assert accepted == drafted if drafts == "right" else accepted < drafted or not drafted
 
 
+@pytest.mark.parametrize(
+    "draft",
+    ["prompt-lookup", "copyspec(gamma=1,branches=3)", "aded", "token-recycling", "aggressive"],
+)
+def test_drafters_that_see_their_trees_cut(tiny: Make, draft: str) -> None:
+    """What they learn from a part of their trees keeps the output."""
+    drafted = 0
+    for seed in range(2):
+        rng = random.Random(seed)
+        world = World(tiny("llama"), drafts=None, choices=f"draft={draft}", blocks=14, seed=seed)
+        in_characters(world.engine), in_characters(world.solo)
+        for _ in range(20):
+            world.add([rng.randrange(2, 61) for _ in range(rng.randint(1, 30))], constrained(rng))
+        world.drain()
+        drafted += world.engine.stats.speculation.drafted
+    assert drafted
+
+
 @pytest.mark.parametrize("drafts", ["random", "branching", "mixed"])
 def test_cutting_what_is_forbidden_saves_rows_and_loses_nothing(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, drafts: str
