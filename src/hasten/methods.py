@@ -55,6 +55,7 @@ DOES: dict[str, str] = {
     "limits-tokens": "keeps the output to what a request says its text must be",
     "orders-work": "decides who gets how many tokens in a step",
     "sets-budgets": "decides how many candidates a request may have",
+    "only-measures": "is an instrument: it shows what others could bring, and serves nobody",
 }
 
 OFFERS = {"runs-draft-model": "draft-hidden-states"}

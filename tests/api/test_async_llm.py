@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from hasten import LLM, AsyncLLM, SamplingParams
 from hasten.api.async_llm import EngineStopped
+from hasten.decoding.constraints.grammar import GrammarConstraining
+from hasten.decoding.params import StructuredOutputs
 from hasten.engine.engine import RequestRefused
 from tests.api.common import SIZES, assert_idle, prompts
 
@@ -126,6 +129,33 @@ def test_bad_requests_raise_in_the_caller(shared: AsyncLLM) -> None:
             await shared.generate("y", LONG, request_id="mine")
         await stream.aclose()  # type: ignore[attr-defined]
         await idle(shared)
+
+    run(main)
+
+
+def test_a_grammar_is_compiled_beside_the_engine(
+    shared: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = GrammarConstraining._compile
+    go_on = threading.Event()
+
+    def slow(self: GrammarConstraining, wanted: StructuredOutputs) -> Any:
+        assert go_on.wait(20)
+        return compile_(self, wanted)
+
+    monkeypatch.setattr(GrammarConstraining, "_compile", slow)
+    params = SamplingParams(max_tokens=9, structured_outputs=StructuredOutputs(regex="qz{3}"))
+    bad = SamplingParams(structured_outputs=StructuredOutputs(regex="("))
+
+    async def main() -> None:
+        constrained = asyncio.create_task(shared.generate("x", params))
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(shared.generate("y", SamplingParams(max_tokens=3)), 20)
+        assert not constrained.done()
+        go_on.set()
+        assert (await constrained).outputs[0].text == "qzzz"
+        with pytest.raises(RequestRefused, match="unclosed group"):
+            await shared.generate("x", bad)
 
     run(main)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hasten.cli import options
+from hasten.methods import cards
 from tests.cli.common import assert_one_line, hasten, write_lines
 
 SMALL = ("--max-tokens", 6, "--limit", 3, "--batch", 3, "--rounds", 2)
@@ -46,6 +47,18 @@ def test_compare_as_json(questions: Path) -> None:
     assert [row["output"] for row in data["rows"]] == ["equal (3 of 3)"] * 2
     assert data["rows"][0]["ratio"] == [1.0, 1.0]
     assert data["conditions"]["versions"].keys() >= {"python", "hasten", "torch"}
+
+
+def test_compare_with_all_drafters(questions: Path) -> None:
+    """Whoever drafts is a row or is named as absent; what only measures takes no part."""
+    sizes = ("--max-tokens", 2, "--limit", 1, "--batch", 1, "--rounds", 1, "--max-length", 128)
+    data = json.loads(hasten("compare", "--draft", "all", "-w", questions, *sizes, "--json").stdout)
+    text = " ".join([*(row["name"] for row in data["rows"]), data["shape"]])
+    assert [row["name"] for row in data["rows"][:2]] == ["plain", "draft=aded"]
+    assert "draft=retrieval has no datastore" in text
+    for card in cards("draft"):
+        drafts = card.name not in ("none", "scripted")
+        assert (f"draft={card.name}" in text) == drafts, card.name
 
 
 def test_compare_refuses_before_it_measures(questions: Path, tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ from hasten.engine.request import Request
 from hasten.engine.walk import Rows, SequenceWalk
 from hasten.methods import Card, MethodError
 from hasten.models.base import Decoder
+from hasten.scheduling.base import Plan
+from hasten.scheduling.stall_free import StallFree
+from hasten.speculation.tree import TokenTree
+from hasten.speculation.verifiers.sample_match import SampleMatch
 from hasten.stack import Stack
 from tests.engine.world import Scripted
 from tests.models.drive import whole
@@ -524,6 +528,117 @@ def test_a_stray_stream_cannot_stop_the_engine(tiny: Make) -> None:
     assert engine.cache.stats.leaked_pages == 2
 
 
+BAD = [3, 4, 6]
+"""A prompt whose sequence is treated wrongly in the next tests; that of others is not."""
+
+
+def one_ends_and_others_do_not(engine: Engine, model: Decoder, error: str) -> None:
+    """A good request, a bad one and one that waits: the bad one alone ends with this error."""
+    params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0)
+    bad = engine.add(BAD, params)
+    good = [engine.add(prompt, params) for prompt in ([3, 4, 5], PROMPT)]
+    drain(engine)
+    (sequence,) = bad.sequences
+    assert sequence.finish_reason == "error" and error in str(sequence.error), sequence.error
+    assert engine.cache.stats.leaked_pages == 0
+    for request in good:
+        expected = alone(model, request.prompt, max_tokens=12, ignore_eos=True, temperature=0)
+        assert output(request) == expected["tokens"]
+
+
+@pytest.mark.parametrize("fault", ["a node more", "a node less", "no own token", "behind the end"])
+def test_a_verifier_that_commits_what_it_did_not_emit(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    verify = SampleMatch.verify
+
+    def wrong(self: SampleMatch, tree: TokenTree, walk: SequenceWalk) -> list[int]:
+        if walk.sequence.request.prompt != BAD or len(tree) < 3:
+            return verify(self, tree, walk)
+        if fault == "no own token":
+            walk.emit(0, tree.token[1])
+            return [0, 1]
+        path = verify(self, tree, walk)
+        if fault == "a node more":
+            return [*path, path[-1] + 1] if path[-1] + 1 < len(tree) else [*path, path[-1]]
+        if fault == "behind the end":
+            while not walk.emit(0, 5):
+                pass
+            walk.emit(0, 5)
+        return path[:-1]
+
+    monkeypatch.setattr(SampleMatch, "verify", wrong)
+    model = tiny("llama")
+    engine = engine_of(model, "draft=scripted(k=4)", max_sequences=2)
+    error = "behind the end" if fault == "behind the end" else "verify=sample-match broke its"
+    one_ends_and_others_do_not(engine, model, error)
+
+
+@dataclass(frozen=True)
+class Unruly(Scripted):
+    """Right drafts, but for one sequence something that no drafter may do."""
+
+    fault: str = ""
+
+    def propose(self, sequences: Any, budgets: Any) -> list[TokenTree]:
+        trees = super().propose(sequences, budgets)
+        for i, (sequence, budget) in enumerate(zip(sequences, budgets, strict=True)):
+            root = sequence.tokens[-1]
+            if sequence.request.prompt != BAD or sequence.num_output < 3:
+                continue
+            if self.fault == "too many":
+                trees[i] = TokenTree.chain([root] + [5] * (budget + 1))
+            elif self.fault == "root":
+                trees[i] = TokenTree.chain([root + 1, 5])
+            elif self.fault in ("below", "above"):
+                trees[i] = TokenTree.chain([root, -1 if self.fault == "below" else 61])
+            elif self.fault == "committed before":
+                sequence.stream.computed += 1
+        return trees
+
+    def observe(self, outcomes: Any) -> None:
+        super().observe(outcomes)
+        for outcome in outcomes:
+            sequence = outcome.sequence
+            if sequence.request.prompt == BAD and self.fault == "committed after":
+                sequence.stream.computed += 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("too many", "candidates for a budget of"),
+        ("root", "instead of the pending token"),
+        ("below", "a candidate outside 0..60"),
+        ("above", "a candidate outside 0..60"),
+        ("committed before", "left 0 tokens to compute instead of 1"),
+        ("committed after", "positions are computed of"),
+    ],
+)
+def test_a_drafter_that_breaks_its_contract(tiny: Make, fault: str, error: str) -> None:
+    model = tiny("llama")
+    stack = Stack({**Stack.parse().methods, "draft": Unruly("random", 61, fault=fault)})
+    config = EngineConfig(max_sequences=2, max_batch_tokens=64)
+    one_ends_and_others_do_not(Engine(model, stack, config), model, error)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_engine_that_cannot_go_on_says_so(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """A schedule that lets nothing run, from the beginning or in the middle: no endless loop."""
+    engine = engine_of(tiny("llama"), max_sequences=1)
+    requests = [engine.add(PROMPT, SamplingParams(max_tokens=9)) for _ in range(2)]
+    for _ in range(steps):
+        engine.step()
+    monkeypatch.setattr(StallFree, "plan", lambda *_: Plan())
+    drain(engine)
+    for request in requests:
+        (sequence,) = request.sequences
+        assert sequence.finish_reason == "error"
+        assert "schedule=stall-free lets nothing run" in str(sequence.error)
+
+
 @pytest.mark.parametrize(
     "params", [{"stop_token_ids": [1.5]}, {"bad_words": [[1.5]]}, {"logit_bias": {1.5: 1.0}}]
 )
@@ -567,6 +682,7 @@ def test_thousands_may_wait_and_leave(tiny: Make) -> None:
         "draft=copyspec(k={})",
         "draft=aggressive(k={})",
         "draft=aded(nodes={})",
+        "draft=del(k={})",
         "draft=scripted(k={})",
         "draft=any(of=prompt-lookup(k={})|copyspec)",
     ],

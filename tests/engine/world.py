@@ -95,7 +95,7 @@ Scripted.card = Card(  # type: ignore[attr-defined]  # unregistered: this is no 
     "bitwise",
     "none",
     frozenset({"token-history", "spare-slots"}),
-    frozenset({"proposes-tokens"}),
+    frozenset({"proposes-tokens", "drafts-from-text"}),
 )
 
 

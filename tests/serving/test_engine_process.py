@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -20,9 +21,11 @@ import msgspec
 import pytest
 
 from hasten import LLM, SamplingParams
+from hasten.decoding.constraints.grammar import GrammarConstraining
+from hasten.decoding.params import StructuredOutputs
 from hasten.serving import engine_process, frames
 from hasten.serving.engine_client import EngineClient, EngineStopped, RequestRefused
-from hasten.serving.messages import Piece, Ping, Refused, Snapshot, Step, Stop, Submit
+from hasten.serving.messages import Abort, Piece, Ping, Refused, Snapshot, Step, Stop, Submit
 from tests.serving.conftest import SIZES, Loop
 
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
@@ -335,6 +338,43 @@ def test_an_unreadable_request_is_refused_and_harms_no_other(llm: LLM) -> None:
     peer.close()
 
 
+def test_nobody_waits_for_a_grammar_but_who_asked_for_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes as long as this test likes; others run to their end meanwhile."""
+    compile_ = GrammarConstraining._compile
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(self: GrammarConstraining, wanted: StructuredOutputs) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return compile_(self, wanted)
+
+    def asked(pattern: str) -> SamplingParams:
+        return SamplingParams(max_tokens=9, structured_outputs=StructuredOutputs(regex=pattern))
+
+    monkeypatch.setattr(GrammarConstraining, "_compile", slow)
+    peer = Peer(llm)
+    peer.tell(Submit("slow", PROMPT, asked("qx{3}")))
+    peer.tell(Submit("bad", PROMPT, asked("(")))
+    peer.tell(Submit("gone", PROMPT, asked("qy{3}")))
+    assert begun.wait(20)
+    peer.tell(Submit("other", PROMPT, SamplingParams(max_tokens=5, ignore_eos=True)))
+    peer.tell(Abort("gone"))
+    done: list[Piece] = []
+    while not done or done[-1].finish_reason is None:
+        step = peer.read()
+        done += step.pieces
+        assert step.snapshot.waiting >= 1 or not step.pieces
+    assert {piece.request_id for piece in done} == {"other"}
+    go_on.set()
+    pieces, refused = peer.until(3)
+    assert {p.request_id for p in pieces} == {"slow"}
+    assert "".join(p.text for p in pieces) == "qxxx"
+    assert [r.request_id for r in refused] == ["bad"] and "unclosed group" in refused[0].message
+    peer.close()
+
+
 def test_a_peer_that_does_not_read_holds_the_engine_up(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,7 +417,8 @@ def test_what_is_too_large_for_a_message(llm: LLM, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engine_process, "MAX_FRAME", 20_000)
     peer = Peer(llm)
     for i in range(8):  # 5 kB each: too much for one message, not for several
-        peer.tell(Submit(f"small{i}", PROMPT, SamplingParams(max_tokens=2, prompt_logprobs=0)))
+        small = SamplingParams(max_tokens=2, prompt_logprobs=0, ignore_eos=True)
+        peer.tell(Submit(f"small{i}", PROMPT, small))
     peer.tell(Submit("large", PROMPT, SamplingParams(max_tokens=2, prompt_logprobs=50)))
     pieces, _ = peer.until(1)
     peer.close()
@@ -390,6 +431,29 @@ def test_what_is_too_large_for_a_message(llm: LLM, monkeypatch: pytest.MonkeyPat
 
 
 PROMPT = [random.Random(5).randrange(10, 4000) for _ in range(300)]
+
+
+def test_a_wait_ends_for_a_message_and_for_another_thread() -> None:
+    ours, theirs = socket.socketpair()
+    link = frames.Link(theirs)
+    for wakes in (1, 3, 100_000):  # before it waits: once is enough for any number
+        for _ in range(wakes):
+            link.wake()
+        link.wait()
+        while link._woken in select.select([link._woken], [], [], 0)[0]:
+            link.wait()
+        waiting = threading.Thread(target=link.wait)
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+        link.wake()
+        waiting.join(5)
+        assert not waiting.is_alive() and link.next() is None
+    waiting = threading.Thread(target=link.wait)
+    waiting.start()
+    ours.sendall(frames.framed(b"hello"))
+    waiting.join(5)
+    assert not waiting.is_alive() and link.next() == b"hello"
 
 
 def test_messages_survive_any_cut() -> None:

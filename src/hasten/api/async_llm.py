@@ -154,6 +154,8 @@ class AsyncLLM:
         """A request that runs inside the block and is ended with it. ``sink`` is called in the
         engine thread."""
         ids = await self._encode(prompt) if isinstance(prompt, str) else prompt
+        if params is not None and not self._front.is_prepared(params):
+            await asyncio.to_thread(self._front.prepare, params)
 
         def submit() -> str:
             request = self._front.submit(ids, params, **options)

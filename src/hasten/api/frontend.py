@@ -11,6 +11,7 @@ from typing import Any
 
 from hasten.api.interrupts import held_back
 from hasten.api.output import Completion, Piece, RequestOutput
+from hasten.decoding.constraints.base import ConstraintError
 from hasten.decoding.params import SamplingParams
 from hasten.decoding.text import TextStream
 from hasten.engine.engine import Engine, EngineConfig, RequestRefused
@@ -38,7 +39,7 @@ class _Entry:
 
 
 class Frontend:
-    """A loaded model with its tokenizer and engine. Not thread-safe."""
+    """A loaded model with its tokenizer and engine. Not thread-safe, but for ``prepare``."""
 
     def __init__(
         self,
@@ -97,6 +98,18 @@ class Frontend:
             tokenizer=self.tokenizer,
         )
         self._entries: dict[str, _Entry] = {}
+
+    def is_prepared(self, params: SamplingParams | None) -> bool:
+        """Whether ``submit`` is quick; if not, call ``prepare`` in another thread before it."""
+        return params is None or self.engine.constraining.is_prepared(params)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile what ``params`` ask for, in any thread and beside running steps. Raises
+        ``RequestRefused`` where ``submit`` would, for that reason."""
+        try:
+            self.engine.constraining.prepare(params)
+        except ConstraintError as error:
+            raise RequestRefused(str(error)) from None
 
     def submit(
         self,

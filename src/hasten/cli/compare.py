@@ -31,8 +31,9 @@ def compare(
         str | None,
         typer.Option(
             "--draft",
-            help="Drafters to add to the first stack, such as 'aded+copyspec', or 'all': each is a "
-            "row. Those that need a file which is not there are named below the table.",
+            help="Drafters to add to the first stack, such as 'aded+copyspec': each is a row. "
+            "'all' is every drafter of hasten methods but none and the instruments of measurement "
+            "(scripted). Those that need a file which is not there are named below the table.",
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Prompts of the workload to use.")] = 16,
@@ -178,9 +179,13 @@ def compare(
 
 
 def _drafters(text: str) -> list[str]:
-    """Names of drafters: ``all`` (but none), or some joined by ``+``."""
+    """Names of drafters: ``all`` (that draft for somebody), or some joined by ``+``."""
     if text != "all":
         return [name.strip() for name in text.split("+")]
     from hasten.methods import cards
 
-    return [card.name for card in cards("draft") if card.name != "none"]
+    return [
+        card.name
+        for card in cards("draft")
+        if "proposes-tokens" in card.does and "only-measures" not in card.does
+    ]

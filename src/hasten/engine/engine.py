@@ -13,6 +13,7 @@ import secrets
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ from hasten.engine.request import Delta, Figures, Request, Sequence
 from hasten.engine.walk import Rows, SequenceWalk
 from hasten.models.base import Decoder
 from hasten.models.tokenizer import Tokenizer
-from hasten.scheduling.base import Plan
+from hasten.scheduling.base import Grant, Plan
 from hasten.speculation.base import (
     Computed,
     ControlContext,
@@ -44,6 +45,7 @@ from hasten.speculation.base import (
     Outcome,
     StepReport,
 )
+from hasten.speculation.constrained import allowed_part
 from hasten.speculation.statistics import DraftStatistics
 from hasten.speculation.tree import TokenTree
 from hasten.stack import Stack
@@ -91,6 +93,14 @@ class EngineConfig:
 
 class RequestRefused(ValueError):
     """A request that can never run; the text says what to change."""
+
+
+class ContractBroken(AssertionError):
+    """A part of the stack did to some sequences what it must not: they end, the others go on."""
+
+    def __init__(self, part: str, broken: Seq[tuple[Sequence, str]]) -> None:
+        super().__init__(f"{part} broke its contract: {broken[0][1]}")
+        self.sequences = [sequence for sequence, _ in broken]
 
 
 @dataclass(slots=True)
@@ -172,6 +182,8 @@ class Engine:
         """Set it to have the native operations of each step counted (``profiling``)."""
         self._arrivals = 0
         self._drafts = "proposes-tokens" in stack["draft"].card.does
+        # drafters that may propose without being verified do not mind if a part of it is not
+        self._cuts = "drafts-from-text" in stack["draft"].card.does
         self.constraining: Constraining = stack["constrain"].start(
             ConstrainContext(facts.vocab_size, tokenizer)
         )
@@ -355,9 +367,7 @@ class Engine:
         profiled = self.profile.begin_step() if self.profile is not None else 0.0
         plan = self._plan()
         if not plan.grants:
-            if not self.running:
-                self._heal()
-            return []
+            return [] if plan.preempted or self._heal() else self._unblock()
         try:
             load, trees, draft_seconds = self._draft(plan)
             batch, begun = self._build(plan, trees)
@@ -372,9 +382,14 @@ class Engine:
                 self.drafting.absorb(chunks)
             self.drafting.observe(outcomes)
             draft_seconds += self.clock.now() - verified
+        except ContractBroken as error:  # raised before anything was computed
+            logger.exception("a draft cannot be verified; its sequence ends with an error")
+            self.executor.copy(self.cache.take_copies())
+            return self._fail(error.sequences, error)
         except Exception as error:
             logger.exception("a step failed; its sequences end with an error")
-            return self._fail(plan, error)
+            return self._fail([grant.sequence for grant in plan.grants], error)
+        self._check_pending(plan, deltas)
         for delta in deltas:
             if delta.sequence.finish_reason is not None:
                 self._retire(delta.sequence)
@@ -479,19 +494,35 @@ class Engine:
             return load, trees, 0.0
         began = self.clock.now()
         proposed = self.drafting.propose(sequences, budgets)
-        seconds = self.clock.now() - began
-        for (i, sequence), budget, tree in zip(places, budgets, proposed, strict=True):
+        broken = [
+            (sequence, why)
+            for (i, sequence), budget, tree in zip(places, budgets, proposed, strict=True)
+            if (why := self._misdrafted(plan.grants[i], tree, budget)) is not None
+        ]
+        if broken:
+            raise ContractBroken(f"draft={self.stack['draft'].card.name}", broken)
+        for (i, sequence), tree in zip(places, proposed, strict=True):
+            if self._cuts and sequence.sampler.constraint is not None:
+                tree = allowed_part(tree, sequence.sampler.constraint)
             candidates = len(tree) - 1
-            if candidates > budget or tree.token[0] != sequence.tokens[-1]:
-                raise AssertionError(
-                    f"draft={self.stack['draft'].card.name} broke its contract: {candidates} "
-                    f"candidates for a budget of {budget}, root {tree.token[0]}"
-                )
             if candidates and self.cache.reserve(
                 sequence.stream, len(sequence.tokens) + candidates
             ):
                 trees[i] = tree
-        return load, trees, seconds
+        return load, trees, self.clock.now() - began
+
+    def _misdrafted(self, grant: Grant, tree: TokenTree, budget: int) -> str | None:
+        """Why a proposed tree cannot be verified, or None."""
+        sequence, vocab = grant.sequence, self.model.config.vocab_size
+        if len(tree) - 1 > budget:
+            return f"{len(tree) - 1} candidates for a budget of {budget}"
+        if tree.token[0] != sequence.tokens[-1]:
+            return f"root {tree.token[0]} instead of the pending token {sequence.tokens[-1]}"
+        if min(tree.token) < 0 or max(tree.token) >= vocab:
+            return f"a candidate outside 0..{vocab - 1}"
+        if not grant.reaches_end:
+            return f"it left {sequence.stream.behind} tokens to compute instead of {grant.rows}"
+        return None
 
     def _build(self, plan: Plan, trees: dict[int, TokenTree]) -> tuple[Batch, list[Begun]]:
         segments, begun, row = [], [], 0
@@ -551,7 +582,7 @@ class Engine:
             if sequence.request.embed:
                 delta.embedding = next(embeddings)
             extended.append((delta, known + len(path) - 1, root_row))
-            if self._drafts and delta.tokens:
+            if self._drafts and delta.tokens and sequence.finish_reason != "error":
                 last = int(batch.segment_rows[i + 1])
                 outcomes.append(
                     Outcome(
@@ -597,6 +628,7 @@ class Engine:
             return [0], delta
         try:
             path: list[int] = self.stack["verify"].verify(tree or _PLAIN, walk)
+            self._check_path(sequence, tree or _PLAIN, path, delta.tokens)
         except (NoTokenLeft, ConstraintError) as error:
             sequence.finish_reason, sequence.error = "error", str(error)
             return [0], delta
@@ -611,6 +643,50 @@ class Engine:
             else:
                 statistics.count(tree, path, len(delta.tokens))
         return path, delta
+
+    def _check_path(
+        self, sequence: Sequence, tree: TokenTree, path: list[int], tokens: list[int]
+    ) -> None:
+        """Raise unless ``tokens`` are those of an accepted path and, where these did not end the
+        sequence, one more: else what is committed would not be what became output."""
+        accepted = len(path) - 1
+        own = len(tokens) - accepted
+        if (
+            path[:1] != [0]
+            or any(tree.parent[node] != before for before, node in pairwise(path))
+            or any(tree.token[node] != token for node, token in zip(path[1:], tokens, strict=False))
+            or not (own == 1 or (own == 0 and accepted and sequence.finish_reason is not None))
+        ):
+            why = f"accepted nodes {path} of {len(tree)}, but emitted {len(tokens)} tokens {tokens}"
+            raise ContractBroken(f"verify={self.stack['verify'].card.name}", [(sequence, why)])
+
+    def _check_pending(self, plan: Plan, deltas: list[Delta]) -> None:
+        """End what could never run again: a running sequence without a token to compute."""
+        for grant in plan.grants:
+            sequence = grant.sequence
+            if sequence.finish_reason is None and sequence.stream.behind < 1:
+                logger.error("request %s has no token left to compute", sequence.request.id)
+                sequence.finish_reason = "error"
+                sequence.error = (
+                    f"internal error: {sequence.stream.computed} positions are computed of "
+                    f"{len(sequence.tokens)} tokens, so that none can follow"
+                )
+                if all(delta.sequence is not sequence for delta in deltas):
+                    deltas.append(Delta(sequence, []))
+
+    def _unblock(self) -> list[Delta]:
+        """No sequence may run, though no page is lost and none was taken back just now: the next
+        plan would be this one again, for ever. End those that are in the way."""
+        stuck = self.running or self.waiting[:1]
+        if not stuck:
+            return []
+        error = RuntimeError(
+            f"internal error: schedule={self.stack['schedule'].card.name} lets nothing run, with "
+            f"{len(self.running)} sequences running, {len(self.waiting)} waiting, and "
+            f"{self.cache.usage:.0%} of the pages held"
+        )
+        logger.error("%s", error)
+        return self._fail(list(stuck), error)
 
     def _wake(self, parent: Sequence, root_row: int, rows: Rows) -> list[Delta]:
         """Start the other sequences of a request whose prompt has just been computed."""
@@ -627,10 +703,9 @@ class Engine:
         parent.request.dormant = []
         return deltas
 
-    def _fail(self, plan: Plan, error: Exception) -> list[Delta]:
+    def _fail(self, sequences: Seq[Sequence], error: Exception) -> list[Delta]:
         deltas = []
-        for grant in plan.grants:
-            sequence = grant.sequence
+        for sequence in sequences:
             sequence.finish_reason = "error"
             sequence.error = f"{type(error).__name__}: {error}"
             deltas.append(Delta(sequence, []))
@@ -673,10 +748,9 @@ class Engine:
         finally:
             self.cache.release(stream)
 
-    def _heal(self) -> None:
+    def _heal(self) -> int:
         """Give back pages that nobody who runs owns: counted and logged, never fatal."""
-        if self.cache.usage:
-            self.cache.heal([s.stream for s in self.running])
+        return self.cache.heal([s.stream for s in self.running]) if self.cache.usage else 0
 
     def check_ledger(self) -> None:
         """Raise ``AssertionError`` unless every page has exactly the owners it counts, and every

@@ -99,6 +99,8 @@ class SequenceWalk:
 
     def emit(self, node: int, token: int) -> bool:
         sequence, delta = self.sequence, self.delta
+        if sequence.finish_reason is not None:
+            raise AssertionError(f"token {token} was emitted behind the end of the sequence")
         if delta.logprobs is not None:
             k = sequence.request.params.logprobs or 0
             delta.logprobs.append(self.rows.logprobs(self.root + node, token, k))

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -192,6 +193,10 @@ class EngineServer:
         self.link = link
         self._read = msgspec.msgpack.Decoder(Command).decode
         self._open: dict[str, int] = {}  # request -> outputs that have not ended
+        self._preparing: list[tuple[Submit, Future[None]]] = []
+        self._compiler = ThreadPoolExecutor(1, "hasten-compile")
+        """Grammars are compiled here, so that nobody's tokens wait for them: one after the other,
+        as the steps need the processor, too."""
         self._refused: list[Refused] = []
         self._answers: int | None = None
         self._rss = 0
@@ -216,6 +221,10 @@ class EngineServer:
     def _take_commands(self) -> bool:
         """Run what has arrived, as far as time allows. False = stop."""
         until = time.monotonic() + COMMAND_SECONDS
+        for command, prepared in self._preparing[:]:
+            if prepared.done():
+                self._preparing.remove((command, prepared))
+                self._submit(command, prepared)
         while (message := self.link.next()) is not None:
             try:
                 command = self._read(message)
@@ -223,8 +232,15 @@ class EngineServer:
                 self._refused.append(_unreadable(message, error))
                 continue
             if isinstance(command, Submit):
-                self._submit(command)
+                if self.front.is_prepared(command.params):
+                    self._submit(command)
+                else:
+                    self._prepare(command)
             elif isinstance(command, Abort):
+                for asked, prepared in self._preparing[:]:
+                    if asked.id == command.id:
+                        self._preparing.remove((asked, prepared))
+                        prepared.cancel()
                 self._open.pop(command.id, None)
                 self.front.discard(command.id)
             elif isinstance(command, Ping):
@@ -235,10 +251,17 @@ class EngineServer:
                 break
         return True
 
-    def _submit(self, command: Submit) -> None:
+    def _prepare(self, command: Submit) -> None:
+        prepared = self._compiler.submit(self.front.prepare, command.params)
+        self._preparing.append((command, prepared))
+        prepared.add_done_callback(lambda _: self.link.wake())
+
+    def _submit(self, command: Submit, prepared: Future[None] | None = None) -> None:
         from hasten.engine.engine import RequestRefused
 
         try:
+            if prepared is not None:
+                prepared.result()
             request = self.front.submit(
                 command.prompt,
                 command.params,
@@ -282,7 +305,7 @@ class EngineServer:
         return Snapshot(
             time=now,
             running=len(engine.running),
-            waiting=len(engine.waiting),
+            waiting=len(engine.waiting) + len(self._preparing),
             pages_used=pool.num_held,
             pages=pool.num_pages,
             cached_pages=pool.num_cached,

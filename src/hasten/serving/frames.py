@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -41,7 +42,8 @@ class Link:
     """One end of the socket, for a loop that has other work to do.
 
     Nothing blocks except ``wait``, and ``send`` once ``MAX_UNSENT`` bytes are queued: a peer that
-    reads slowly slows this process down, and one that is gone ends the wait.
+    reads slowly slows this process down, and one that is gone ends the wait. Other threads may call
+    ``wake``, and nothing else.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -50,6 +52,9 @@ class Link:
         self._received = bytearray()
         self._unsent = bytearray()
         self._poll = select.poll()
+        self._woken, self._waker = socket.socketpair()
+        for end in (self._woken, self._waker):
+            end.setblocking(False)
 
     def next(self) -> bytes | None:
         """The next message that has arrived whole, or None. Raises ``PeerGone`` at the end.
@@ -93,15 +98,25 @@ class Link:
                 raise PeerGone from error
             del self._unsent[:sent]
 
+    def wake(self) -> None:
+        """End the ``wait`` of the thread that owns the link, or its next one."""
+        with contextlib.suppress(BlockingIOError):  # so many are under way that one will do
+            self._waker.send(b"w")
+
     def wait(self) -> None:
-        """Sleep until a message may have arrived; what is queued goes out meanwhile."""
+        """Sleep until a message may have arrived, or ``wake`` was called; what is queued goes out
+        meanwhile."""
         if self._end_of_first():
             return
+        self._poll.register(self._woken, select.POLLIN)
         if self._unsent:
             self._wait_for(select.POLLIN | select.POLLOUT)
             self.flush()
         else:
             self._wait_for(select.POLLIN)
+        self._poll.unregister(self._woken)
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(READ)
 
     def _end_of_first(self) -> int:
         """Where the first message in the buffer ends; 0 if it has not arrived whole."""

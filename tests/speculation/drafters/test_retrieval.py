@@ -102,6 +102,7 @@ def test_many_occurrences_are_counted_evenly() -> None:
     [
         ({"nodes": 0}, "nodes=0 must be at least 1"),
         ({"shortest": 0}, "shortest=0 must be"),
+        ({"hits": 1_000_001}, "hits=1000001 must be at most 1000000"),
         ({"longest": 1}, "longest=1 is below shortest=2"),
         ({"length": 17}, "longest \\+ length is 33"),
     ],

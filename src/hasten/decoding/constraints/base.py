@@ -15,7 +15,7 @@ the path's tokens advance it and are rolled back afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -64,6 +64,11 @@ class ConstraintState(Protocol):
         """Take back the last ``count`` tokens."""
         ...
 
+    def allowed(self, paths: Sequence[Sequence[int]]) -> list[int]:
+        """How many tokens of each path may follow, one after the other. Nothing is changed, and
+        where it would cost too much to tell, all of them count as allowed."""
+        ...
+
     def fork(self) -> Self:
         """The same place, for another sequence."""
         ...
@@ -78,7 +83,20 @@ class ConstraintState(Protocol):
 
 
 class Constraining(Protocol):
-    """A constraint at work in one engine. Requests that ask for none cost it nothing."""
+    """A constraint at work in one engine. Requests that ask for none cost it nothing.
+
+    ``open`` is called by the engine between two steps, so that what takes it long keeps every
+    running sequence waiting. Servers have that done before, in another thread: ``prepare``.
+    """
+
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """Whether ``open`` is quick. From any thread."""
+        ...
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Make ``open`` quick for these ``params``, where its result can be kept. From any thread,
+        also while the engine runs. Raises ``ConstraintError`` as ``open`` would."""
+        ...
 
     def open(self, params: SamplingParams, eos: Set[int]) -> ConstraintState | None:
         """The state before the first token, or None if ``params`` ask for no constraint.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,8 +49,10 @@ class Grammar:
     expressions, walked along a trie of the vocabulary. A token may follow if some allowed text
     goes on with its bytes, however a tokenizer would have cut that text. Nothing is computed
     ahead, so compiling takes milliseconds, and both it and each mask stop at a limit (`LIMITS`).
+    At the limit that is some 0.3 s, so servers compile in a thread beside the engine's.
 
-    ``cached`` grammars are kept compiled, the last used ones. Between two tokens of JSON at most
+    ``cached`` grammars are kept compiled, the last used ones (0: each is compiled as it is used,
+    by the engine). Between two tokens of JSON at most
     ``whitespace`` blank characters stand, so that a model that only indents comes to an end.
     """
 
@@ -66,13 +69,30 @@ class Grammar:
 
 
 class GrammarConstraining:
-    """Compiled grammars of one engine. The vocabulary's table is made for the first of them."""
+    """Compiled grammars of one engine. The vocabulary's table is made for the first of them.
+
+    Any thread may compile: the library lets others run meanwhile. What is kept is only copied, and
+    by the engine's thread alone.
+    """
 
     def __init__(self, method: Grammar, context: ConstrainContext) -> None:
         self._method = method
         self._context = context
+        self._making_table = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
+        self._keeping = threading.Lock()
         self._compiled: OrderedDict[StructuredOutputs, LLMatcher] = OrderedDict()
+
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """See `hasten.decoding.constraints.base.Constraining.is_prepared`."""
+        wanted = params.structured_outputs
+        return wanted is None or not self._method.cached or wanted in self._compiled
+
+    def prepare(self, params: SamplingParams) -> None:
+        """See `hasten.decoding.constraints.base.Constraining.prepare`."""
+        if not self.is_prepared(params) and self._context.tokenizer is not None:
+            assert params.structured_outputs is not None
+            self._keep(params.structured_outputs, self._compile(params.structured_outputs))
 
     def open(self, params: SamplingParams, eos: Set[int]) -> GrammarState | None:
         """See `hasten.decoding.constraints.base.Constraining.open`."""
@@ -85,10 +105,7 @@ class GrammarConstraining:
         matcher = self._compiled.get(wanted)
         if matcher is None:
             matcher = self._compile(wanted)
-            self._compiled[wanted] = matcher
-        self._compiled.move_to_end(wanted)
-        while len(self._compiled) > self._method.cached:
-            self._compiled.popitem(last=False)
+        self._keep(wanted, matcher)
         # a stop token with a text of its own is text, and follows where the grammar has it
         ends = set(eos) | (set(params.stop_token_ids) & tokenizer.special_ids)
         state = GrammarState(matcher.deep_copy(), ends, self._context.vocab_size)
@@ -96,13 +113,22 @@ class GrammarConstraining:
             raise ConstraintError(f"structured_outputs.{wanted.kind} allows no text at all")
         return state
 
+    def _keep(self, wanted: StructuredOutputs, matcher: LLMatcher) -> None:
+        """Have it as the last used one."""
+        with self._keeping:
+            self._compiled[wanted] = matcher
+            self._compiled.move_to_end(wanted)
+            while len(self._compiled) > self._method.cached:
+                self._compiled.popitem(last=False)
+
     def _compile(self, wanted: StructuredOutputs) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(verbose_errors=False, **LIMITS)
         grammar = LLMatcher.grammar_from_lark(lark(wanted, self._method.whitespace))
-        if self._vocabulary is None:
-            self._vocabulary = self._table()
+        with self._making_table:
+            if self._vocabulary is None:
+                self._vocabulary = self._table()
         matcher = LLMatcher(self._vocabulary, grammar, limits=limits, log_level=0)
         if matcher.is_error():
             raise ConstraintError(f"structured_outputs.{wanted.kind}: {_reason(matcher)}")
@@ -167,6 +193,23 @@ class GrammarState:
             self._matcher.rollback(count - behind)
             self._check()
             self._masked = None
+
+    def allowed(self, paths: Sequence[Sequence[int]]) -> list[int]:
+        if self._behind:
+            return [len(path) for path in paths]
+        # on a copy: what is found out about paths that are not taken counts for no limit
+        scout = self._matcher.deep_copy()
+        return [self._count(scout, path) for path in paths]
+
+    def _count(self, scout: LLMatcher, path: Sequence[int]) -> int:
+        end = next((i for i, token in enumerate(path) if token in self._ends), len(path))
+        text = list(path[:end])
+        count = int(scout.validate_tokens(text))
+        if end < len(path) and count == end and scout.try_consume_tokens(text) == end:
+            if scout.is_accepting():
+                count = len(path)  # behind an end everything may stand
+            scout.rollback(end)
+        return len(path) if scout.is_error() else count
 
     def fork(self) -> Self:
         twin = type(self)(self._matcher.deep_copy(), self._ends, self._vocab_size)

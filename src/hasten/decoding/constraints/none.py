@@ -18,6 +18,12 @@ class NoConstraint:
     def start(self, context: ConstrainContext) -> NoConstraint:
         return self
 
+    def is_prepared(self, params: SamplingParams) -> bool:
+        return True
+
+    def prepare(self, params: SamplingParams) -> None:
+        pass
+
     def open(self, params: SamplingParams, eos: Set[int]) -> None:
         if params.structured_outputs is not None:
             raise ConstraintError(

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 MOST_SUCCESSORS = 15
 
+MOST = {"iterations": 100_000, "depth": 64, "prefixes": 100_000, "pairs": 1 << 24}
+"""With the first two at their bound a draft takes a second; a table of so many pairs takes 3 GB."""
+
 
 @method(
     "aded",
@@ -85,6 +88,9 @@ class Aded:
         for name in ("iterations", "depth", "prefixes", "nodes", "pairs", "tenants"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name)}: at most {most}")
         if not 1 <= self.successors <= MOST_SUCCESSORS:
             raise ValueError(f"successors={self.successors}: between 1 and {MOST_SUCCESSORS}")
         if not 0 < self.boost <= self.cap < float("inf"):

@@ -77,6 +77,7 @@ class DynamicExit:
             raise ValueError(f"head={self.head}: a cost is finite and not negative")
 
     def start(self, context: DraftContext) -> DynamicExitDrafting:
+        context.check_fits(self.k)
         layers = context.model.config.num_layers
         exits = tuple(range(self.stride, layers, self.stride))
         if not exits:

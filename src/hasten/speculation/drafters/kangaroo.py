@@ -63,6 +63,7 @@ class Kangaroo:
             raise ValueError(f"k={self.k}: draft at least one token")
 
     def start(self, context: DraftContext) -> KangarooDrafting:
+        context.check_fits(self.k)
         return KangarooDrafting(Adapter.read(self.head, context.model), context, self.eta, self.k)
 
 

@@ -11,6 +11,9 @@ from hasten.speculation.base import Draftable, DraftContext, StatelessDrafting
 from hasten.speculation.datastore import Datastore, DatastoreError
 from hasten.speculation.tree import TokenTree, TreeBuilder
 
+MOST_HITS = 1_000_000
+"""So many take about 10 ms a draft, and say no more than some thousands."""
+
 
 @method(
     "retrieval",
@@ -42,6 +45,8 @@ class Retrieval(StatelessDrafting):
         for name in ("nodes", "shortest", "length", "hits"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hits > MOST_HITS:
+            raise ValueError(f"hits={self.hits} must be at most {MOST_HITS}")
         if self.longest < self.shortest:
             raise ValueError(f"longest={self.longest} is below shortest={self.shortest}")
         if self.longest + self.length > _native.SUFFIX_DEPTH:

@@ -15,7 +15,7 @@ from hasten.speculation.tree import TokenTree
     slot="draft",
     exact="bitwise",
     needs=("token-history", "spare-slots"),
-    does=("proposes-tokens",),
+    does=("proposes-tokens", "only-measures"),
 )
 @dataclass(frozen=True)
 class ScriptedDraft(StatelessDrafting):

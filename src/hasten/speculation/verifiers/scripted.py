@@ -10,7 +10,7 @@ from hasten.speculation.base import Walk
 from hasten.speculation.tree import TokenTree
 
 
-@method("scripted", slot="verify", exact="lossy", does=("accepts-tokens",))
+@method("scripted", slot="verify", exact="lossy", does=("accepts-tokens", "only-measures"))
 @dataclass(frozen=True)
 class ScriptedVerify:
     """Accepts each candidate with probability ``alpha``, whatever it says: for measurements.
