@@ -1,14 +1,23 @@
-"""`control=auto` against no drafts, by kind of text and batch size, in one interleaved run:
+"""`control=auto` against no drafts, by kind of text and batch size, step beside step:
 
     python benchmarks/speculation/no_regret.py -m wide/t05-int8 \
         --stack 'draft=any(of=prompt-lookup|copyspec|model(path=wide/d25-int8,k=10)),control=auto'
 
-Both engines live in one process with the same weights. Each keeps its prompts in the prefix cache,
-so rounds time decoding. A round runs every kind at every batch size with both, in changing order;
-a ratio is that of the two times of one round, and the interval is Student's over rounds, of the
-logarithm. The first round warms up and is not counted, except that `auto` learns in it, as it does
-in a server that runs on. `off` is the same engine with ``draft=none``; ``zero`` is the drafter with
-``control=fixed(k=0)``: the machinery without a draft.
+Both engines live in one process, with the same weights, and hold the same batch of requests. While
+either has work, one runs a step and then the other, in changing order, and the seconds of each are
+summed: the machine may slow down as it likes, the ratio of the two sums does not follow. No step of
+one engine falls into a time that the other takes of itself, since what engines and controllers time
+lies within a step. That both give the same tokens is checked.
+
+Prompts come from the prefix cache, but for one row each, so what is timed is decoding. Each round
+has every kind at every batch size, small batches with several groups of prompts; a group is a pair
+of times, and the interval is Student's over the logarithms of the pairs' ratios. The first round
+fills the caches and is not counted, except that ``auto`` learns in it, as it does in a server that
+runs on.
+
+``off`` is the same engine with ``draft=none``; ``zero`` is the drafter with ``control=fixed(k=0)``:
+the machinery without a draft. A second table says what a step spends in that machinery, by timers
+around its parts; what a step of ``off`` spends there is subtracted.
 """
 
 from __future__ import annotations
@@ -19,7 +28,10 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -29,125 +41,323 @@ sys.path.insert(0, str(ROOT))
 
 from hasten.bench.conditions import conditions  # noqa: E402
 from hasten.bench.workloads import code, tasks  # noqa: E402
+from hasten.cache.layout import PAGE_SIZE  # noqa: E402
 from hasten.decoding.params import SamplingParams  # noqa: E402
 from hasten.engine.engine import Engine, EngineConfig  # noqa: E402
+from hasten.models.base import Decoder  # noqa: E402
 from hasten.models.loading import load_model, locate  # noqa: E402
 from hasten.models.tokenizer import Tokenizer  # noqa: E402
 from hasten.stack import Stack  # noqa: E402
 
-BATCHES = (1, 4, 16, 64)
-LEAST = 4
-"""Prompts of a run: as many as the batch, at least these."""
-STUDENT = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 12: 2.20}
-"""Quantile 0.975 by number of rounds."""
+KINDS = {"copy": "copy", "passages": "prose", "chat": "prose", "json": "JSON"}
+"""Generated tasks, by the kind of text that they are counted as."""
+TEXTS = 64
+"""Different prompts of a kind; the batches of all rounds are taken from them."""
+LEAST = 2
+"""Prompts of a kind in a round: as many as the batch, at least these."""
+LOOKUP = "draft=prompt-lookup"
+"""The stack whose machinery is looked at beside that of ``--stack``."""
+PARTS = ("plan", "propose", "drafter learns", "controller learns", "step")
+"""What speculation adds to a step: ``step`` is what the step itself has to do for it."""
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+STUDENT |= {11: 2.20, 14: 2.14, 19: 2.09, 29: 2.05, 59: 2.00}
+"""Quantile 0.975 by degrees of freedom."""
 
 
-def prompts(tokenizer: Tokenizer, count: int, length: int) -> dict[str, list[list[int]]]:
-    """Token ids by kind."""
+class Timed:
+    """An engine with timers around what it calls for speculation.
+
+    Attributes:
+        seconds: by part, since ``reset``; time in an inner part is not counted in the outer one.
+        steps: since then, and ``step_seconds`` what they took.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.steps = 0
+        self.step_seconds = 0.0
+        self._inner = 0.0
+        calls: dict[str, tuple[object, Sequence[str]]] = {
+            "plan": (engine.control, ["plan"]),
+            "propose": (engine.drafting, ["propose"]),
+            "drafter learns": (engine.drafting, ["open", "absorb", "observe", "close"]),
+            "controller learns": (engine.control, ["observe", "close"]),
+            "step": (engine, ["_draft", "_build", "_chunks", "_verify_and_commit"]),
+        }
+        for part, (owner, names) in calls.items():
+            for name in names:
+                # drafters and controllers without state are their own frozen method
+                object.__setattr__(owner, name, self._timed(part, getattr(owner, name)))
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            outer, self._inner = self._inner, 0.0
+            began = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                took = time.perf_counter() - began
+                self.seconds[part] += took - self._inner
+                self._inner = outer + took
+
+        return timed
+
+    def step(self) -> float:
+        """One step; its seconds."""
+        began = time.perf_counter()
+        self.engine.step()
+        took = time.perf_counter() - began
+        self.steps += 1
+        self.step_seconds += took
+        return took
+
+    def reset(self) -> None:
+        self.seconds.clear()
+        self.steps, self.step_seconds = 0, 0.0
+
+
+@dataclass
+class Pairs:
+    """What pairs of runs of the same requests showed, each list with an entry a pair.
+
+    Attributes:
+        off, seconds: what they took without and with.
+        drafted: candidates a token of output; ``accepted`` alike.
+        parts: by part, the share of a step's time that a step of ``off`` does not spend on it.
+    """
+
+    off: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    drafted: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+
+    @property
+    def ratios(self) -> list[float]:
+        """Speed against ``off``."""
+        return [off / took for off, took in zip(self.off, self.seconds, strict=True)]
+
+    def run(self, off: Timed, other: Timed, texts: list[list[int]], kind: str, tokens: int) -> None:
+        """Add a pair: both engines answer the texts, all of them at a time."""
+        both = (off, other)
+        requests: tuple[list[Any], list[Any]] = ([], [])
+        seconds = [0.0, 0.0]
+        # a random model's most likely text is soon a loop; what is drawn stays random
+        temperature = 1.0 if kind == "random" else 0.0
+        counts = other.engine.stats.speculation
+        drafted, accepted = counts.drafted, counts.accepted
+        off.reset()
+        other.reset()
+        for number, text in enumerate(texts):
+            params = SamplingParams(
+                max_tokens=tokens, ignore_eos=True, temperature=temperature, seed=number
+            )
+            for at, timed in enumerate(both):
+                began = time.perf_counter()
+                requests[at].append(timed.engine.add(text, params))
+                seconds[at] += time.perf_counter() - began
+        turn = 0
+        while off.engine.has_work or other.engine.has_work:
+            for at in (turn % 2, 1 - turn % 2):
+                if both[at].engine.has_work:
+                    seconds[at] += both[at].step()
+            turn += 1
+        ours, theirs = ([r.sequences[0].tokens for r in own] for own in requests)
+        if ours != theirs or any(
+            len(out) != len(text) + tokens for out, text in zip(ours, texts, strict=True)
+        ):
+            raise SystemExit(f"{kind}, batch {len(texts)}: the two engines did not do equal work")
+        written = len(texts) * tokens
+        self.off.append(seconds[0])
+        self.seconds.append(seconds[1])
+        self.drafted.append((counts.drafted - drafted) / written)
+        self.accepted.append((counts.accepted - accepted) / written)
+        for part in PARTS:
+            own, plain = other.seconds[part], off.seconds[part] / off.steps
+            self.parts[part].append((own - plain * other.steps) / other.step_seconds)
+
+
+def prompts(tokenizer: Tokenizer, length: int) -> dict[str, list[list[int]]]:
+    """Token ids by kind, of about ``length`` tokens: whole pages and one token more, which is what
+    a prefix hit leaves to compute."""
     rng = random.Random(0)
+    pages = length // PAGE_SIZE * PAGE_SIZE
     made: dict[str, list[list[int]]] = {
-        "random": [[rng.randrange(300, 4000) for _ in range(length // 2)] for _ in range(count)],
-        "code": [tokenizer.encode(item.prompt)[-length:] for item in code(count)],
+        "random": [[rng.randrange(300, 4000) for _ in range(pages + 1)] for _ in range(TEXTS)],
     }
-    kinds = {"chat": "prose", "passages": "prose", "copy": "copy", "json": "JSON"}
-    for item in tasks(6 * count, length=length):
-        if item.category in kinds:
-            made.setdefault(kinds[item.category], []).append(tokenizer.encode(item.prompt))
-    return {kind: found[:count] for kind, found in made.items()}
+    whole = [tokenizer.encode(item.prompt) for item in code(2 * TEXTS)]
+    made["code"] = [ids[-pages - 1 :] for ids in whole if len(ids) > pages]
+    for item in tasks(120 * TEXTS, length=length):
+        if item.category in KINDS:
+            ids = tokenizer.encode(item.prompt)
+            if len(ids) % PAGE_SIZE == 1 and len(ids) < 2 * length:
+                made.setdefault(KINDS[item.category], []).append(ids)
+    if few := [kind for kind, found in made.items() if len(found) < TEXTS]:
+        raise SystemExit(f"fewer than {TEXTS} prompts of {', '.join(few)}; take another --length")
+    return {kind: found[:TEXTS] for kind, found in made.items()}
 
 
-def run(engine: Engine, texts: list[list[int]], batch: int, kind: str, length: int) -> float:
-    """Seconds that all texts take, ``batch`` of them at a time."""
-    # a random model's most likely text is soon a loop; what is drawn stays random
-    temperature = 1.0 if kind == "random" else 0.0
-    params = SamplingParams(max_tokens=length, ignore_eos=True, temperature=temperature, seed=1)
-    began = time.perf_counter()
-    for at in range(0, max(batch, LEAST), batch):
-        for text in texts[at : at + batch]:
-            engine.add(text, params)
-        while engine.has_work:
-            engine.step()
-    return time.perf_counter() - began
-
-
-def interval(ratios: list[float]) -> tuple[float, float, float]:
+def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     """Mean and 95 % interval of ratios, over their logarithms."""
     logs = [math.log(r) for r in ratios]
-    half = STUDENT.get(len(logs), 2.1) * stdev(logs) / math.sqrt(len(logs))
+    freedom = len(logs) - 1
+    quantile = STUDENT[max(known for known in STUDENT if known <= freedom)]
+    half = quantile * stdev(logs) / math.sqrt(len(logs))
     return math.exp(mean(logs)), math.exp(mean(logs) - half), math.exp(mean(logs) + half)
+
+
+@dataclass
+class Comparison:
+    """Engines that share a model, and what was measured of them.
+
+    Attributes:
+        pairs: by engine, kind and batch size.
+        lookup: by the controller, ``auto`` or ``zero``, and batch size: `LOOKUP` on random text.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    stack: Stack
+    batches: Sequence[int]
+    tokens: int
+    length: int
+    pairs: dict[tuple[str, str, int], Pairs] = field(default_factory=dict)
+    lookup: dict[tuple[str, int], Pairs] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.texts = prompts(self.tokenizer, self.length)
+        self.engines = {"off": self._engine(Stack.parse("plain")), **self._both(self.stack)}
+
+    def _both(self, stack: Stack) -> dict[str, Timed]:
+        return {"auto": self.under("auto", stack), "zero": self.under("fixed(k=0)", stack)}
+
+    def under(self, control: str, stack: Stack) -> Timed:
+        """An engine with the drafter of a stack."""
+        own = deepcopy(dict(stack.methods))  # engines may share nothing that timers are set on
+        return self._engine(Stack.parse({**own, "control": control}))
+
+    def _engine(self, stack: Stack) -> Timed:
+        # as long as it may be: the pages of all prompts are to stay
+        config = EngineConfig(
+            max_sequences=max(self.batches),
+            max_length=min(2048, self.model.config.max_positions),
+            kv_bytes=3 << 29,
+        )
+        return Timed(Engine(self.model, stack, config, tokenizer=self.tokenizer))
+
+    def round(self, number: int) -> None:
+        """All kinds and batch sizes once; number 0 is not counted."""
+        measured = [("auto", kind) for kind in self.texts] + [("zero", "random")]
+        for name, kind in measured:
+            for batch in sorted(self.batches, reverse=True):
+                groups = max(1, LEAST // batch)
+                for group in range(groups if number else 1):
+                    at = (number * groups + group) * batch % TEXTS
+                    pairs = self.pairs.setdefault((name, kind, batch), Pairs())
+                    texts = self.texts[kind][at : at + batch]
+                    pairs.run(self.engines["off"], self.engines[name], texts, kind, self.tokens)
+        if not number:
+            self.pairs.clear()
+
+    def look_up(self) -> None:
+        """The machinery of a drafter that costs next to nothing itself."""
+        texts = self.texts["random"]
+        for name, timed in self._both(Stack.parse(LOOKUP)).items():
+            for batch in sorted(self.batches, reverse=True):
+                if batch == max(self.batches):  # fills the prefix cache
+                    Pairs().run(self.engines["off"], timed, texts[:batch], "random", 1)
+                pairs = self.lookup[name, batch] = Pairs()
+                pairs.run(self.engines["off"], timed, texts[:batch], "random", self.tokens)
+
+    def report(self) -> str:
+        """Both tables."""
+        batches = " | ".join(f"batch {batch}" for batch in self.batches)
+        counts = {
+            batch: str(len(self.pairs["auto", "random", batch].off)) for batch in self.batches
+        }
+        lines = [
+            "Speed against the plain engine, mean and 95 % interval of the ratios of pairs ("
+            + ", ".join(f"{count} at batch {batch}" for batch, count in counts.items())
+            + f"), a step of one engine beside a step of the other; {self.tokens} tokens behind "
+            f"prompts of about {self.length}, greedy (random: drawn at temperature 1), end of "
+            "sequence ignored. *zero*: the same drafter with a budget of 0, on random text.",
+            "",
+            f"| kind | {batches} |",
+            "|" + "---|" * (len(self.batches) + 1),
+        ]
+        rows = [(kind, "auto", kind) for kind in self.texts] + [("*zero*", "zero", "random")]
+        for title, name, kind in rows:
+            cells = []
+            for batch in self.batches:
+                middle, low, high = interval(self.pairs[name, kind, batch].ratios)
+                cells.append(f"{middle:.3f} ({low:.3f}-{high:.3f})")
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "What the machinery takes of a step, % of its time, where drafts bring little (random "
+            "text) or nothing is asked (k = 0). *Step*: what the step itself does for candidates, "
+            "the verification of those that there are included; *drafted*: candidates a token.",
+            "",
+            f"| stack | batch | {' | '.join(PARTS)} | all | drafted | accepted |",
+            "|" + "---|" * (len(PARTS) + 5),
+        ]
+        drafts = {"--stack": self.stack["draft"].card.name, LOOKUP: "prompt-lookup"}
+        for which, draft in drafts.items():
+            for name in ("zero", "auto"):
+                for batch in self.batches:
+                    pairs = (
+                        self.lookup[name, batch]
+                        if which == LOOKUP
+                        else self.pairs[name, "random", batch]
+                    )
+                    shares = [100 * mean(pairs.parts[part]) for part in PARTS]
+                    figures = " | ".join(f"{share:.2f}" for share in [*shares, sum(shares)])
+                    lines.append(
+                        f"| `{draft}`, {'`auto`' if name == 'auto' else 'k = 0'} | {batch} "
+                        f"| {figures} | {mean(pairs.drafted):.3f} | {mean(pairs.accepted):.3f} |"
+                    )
+        return "\n".join(lines) + "\n"
+
+    def data(self) -> dict[str, Any]:
+        """Every pair."""
+        found = {
+            f"{name} {kind} {batch}": asdict(p) for (name, kind, batch), p in self.pairs.items()
+        }
+        for (name, batch), pairs in self.lookup.items():
+            found[f"{LOOKUP} {name} {batch}"] = asdict(pairs)
+        return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", required=True)
-    parser.add_argument("--stack", required=True, help="what is held against no drafts")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a prompt, about")
+    parser.add_argument("--stack", required=True, help="the drafter that is held against none")
+    parser.add_argument("--rounds", type=int, default=4, help="at least 2")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--tokens", type=int, default=48, help="of each answer")
+    parser.add_argument("--length", type=int, default=96, help="tokens of a prompt, about")
     parser.add_argument("-o", "--out", type=Path, default=Path("no-regret.md"))
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds: an interval needs two rounds or more")
+    if any(batch < 1 or TEXTS % batch for batch in args.batches):
+        parser.error(f"--batches: divisors of {TEXTS}")
     folder = locate(args.model)
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    config = EngineConfig(
-        max_sequences=max(BATCHES), max_length=args.length * 2 + args.tokens, kv_bytes=5 << 29
-    )
-    chosen = Stack.parse(args.stack)
-    zero = Stack.parse({**chosen.methods, "control": "fixed(k=0)"})
-    engines = {
-        "off": Engine(model, Stack.parse("plain"), config, tokenizer=tokenizer),
-        "zero": Engine(model, zero, config, tokenizer=tokenizer),
-        "auto": Engine(model, chosen, config, tokenizer=tokenizer),
-    }
-    texts = prompts(tokenizer, max(BATCHES), args.length)
-    ratios: dict[tuple[str, str, int], list[float]] = {}
+    stack = Stack.parse(args.stack)
+    found = Comparison(model, tokenizer, stack, args.batches, args.tokens, args.length)
+    began = time.perf_counter()
     for number in range(args.rounds + 1):
-        for kind in texts:
-            for batch in BATCHES:
-                order = [name for name in engines if name != "zero" or batch == 1]
-                if number % 2:
-                    order.reverse()
-                seconds = {
-                    name: run(engines[name], texts[kind], batch, kind, args.tokens)
-                    for name in order
-                }
-                if number:
-                    for name in order:
-                        ratio = seconds["off"] / seconds[name]
-                        ratios.setdefault((name, kind, batch), []).append(ratio)
-        print(f"round {number} of {args.rounds}", flush=True)
-        if number >= 3:
-            write(args, ratios, list(texts))
-
-
-def write(
-    args: argparse.Namespace,
-    ratios: dict[tuple[str, str, int], list[float]],
-    kinds: list[str],
-) -> None:
-    rounds = len(ratios["auto", kinds[0], BATCHES[0]])
-    lines = [
-        f"# {args.model}: drafts under `control=auto` against none",
-        "",
-        f"Speed against the plain engine, mean over {rounds} rounds and the 95 % interval of the "
-        f"paired ratios; {args.tokens} tokens behind prompts of about {args.length}, greedy "
-        "(random: drawn at temperature 1), end of sequence ignored.",
-        "",
-        f"| kind | {' | '.join(f'batch {batch}' for batch in BATCHES)} | zero, batch 1 |",
-        "|" + "---|" * (len(BATCHES) + 2),
-    ]
-    data: dict[str, Any] = {}
-    for kind in kinds:
-        cells = []
-        for name, batch in [*(("auto", batch) for batch in BATCHES), ("zero", 1)]:
-            middle, low, high = interval(ratios[name, kind, batch])
-            cells.append(f"{middle:.3f} ({low:.3f}-{high:.3f})")
-            data[f"{name} {kind} {batch}"] = ratios[name, kind, batch]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+        found.round(number)
+        print(f"round {number} of {args.rounds}, {time.perf_counter() - began:.0f} s", flush=True)
+    found.look_up()
     facts = conditions()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines) + "\n\n" + facts.markdown())
+    title = f"# {args.model}: drafts under `control=auto` against none"
+    args.out.write_text(f"{title}\n\n{found.report()}\n{facts.markdown()}")
     args.out.with_suffix(".json").write_text(
-        json.dumps({"conditions": asdict(facts), "ratios": data}, indent=1)
+        json.dumps({"conditions": asdict(facts), "pairs": found.data()}, indent=1)
     )
 
 
