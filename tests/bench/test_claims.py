@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.random_checkpoint import write
 from benchmarks.speculation import claims_report
-from benchmarks.speculation.claims import smartspec
+from benchmarks.speculation.claims import pearl, smartspec
 from benchmarks.speculation.claims.request_stream import params_of, prompts_of
 from benchmarks.speculation.claims.specdec_plus_plus import (
     better,
@@ -19,7 +19,7 @@ from benchmarks.speculation.claims.specdec_plus_plus import (
     judged,
     separation,
 )
-from hasten import LLM
+from hasten import LLM, _native
 from hasten.models.loading import load_model
 from hasten.speculation.base import StepReport
 from hasten.speculation.controllers.specdec_plus_plus import fingerprint
@@ -97,6 +97,45 @@ def test_the_virtual_clock_decides_what_a_step_takes(tmp_path: Path) -> None:
     assert speed("k=4", 1.0, 2) == pytest.approx(10 / (smartspec.READ + 4 * smartspec.DRAFT))
     assert speed("k=4", 0.0, 40) == pytest.approx(40 / (200 * smartspec.ROW + 4 * smartspec.DRAFT))
     assert speed("auto", 0.7, 8) == speed("auto", 0.7, 8)
+
+
+def test_pearl_is_held_against_serial_speculation_and_modelled() -> None:
+    def row(rate: float, passes: float, waited: float, tau: float = 3.0) -> dict[str, float]:
+        return {
+            "tokens_per_second": rate,
+            "tau": tau,
+            "target_pass": 0.02,
+            "draft_passes_a_step": passes,
+            "waited_for_draft": waited,
+        }
+
+    rows = {arm: [row(50.0, 0, 0.0), row(60.0, 0, 0.0), row(70.0, 0, 0.0)] for arm in pearl.ARMS}
+    rows[pearl.SERIAL] = [row(rate, 4, 0.02) for rate in (100.0, 200.0, 400.0)]
+    rows[pearl.PEARL] = [row(rate, 5, 0.001, 2.0) for rate in (50.0, 300.0, 320.0)]
+    found = pearl.answer(rows)
+    assert found["pearl_against"][pearl.SERIAL] == 0.8  # the middle of 0.5, 1.5 and 0.8
+    model = found["modelled_tokens_per_second_on_two_processors"]
+    assert model["serial"] == pytest.approx(3 / (0.02 + 4 * 0.005))
+    assert model["pearl"] == pytest.approx(2 / 0.025)  # the draft is the longer one
+    answer = pearl.report({"d": found}, "")
+    assert answer["shape"]["d: faster_on_two_processors_by_the_model"]
+    assert "0.80 times serial speculation on all cores" in answer["because"]
+
+
+def test_pearl_arms_decode_the_same_text() -> None:
+    threads = _native.get_num_threads()
+    _native.set_num_threads(2)
+    try:
+        found = pearl.measure(requests=1, tokens=12, rounds=2)
+        assert _native.get_num_threads() == 2
+    finally:
+        _native.set_num_threads(threads)
+    measured = found["measured"]
+    assert set(measured) == set(pearl.ARMS)
+    assert all(len(rates) == 2 for rates in found["rounds"].values())
+    for arm, (drafter, _) in pearl.ARMS.items():
+        assert (measured[arm]["draft_passes_a_step"] > 0) == (drafter != "none")
+        assert measured[arm]["tau"] >= 1
 
 
 def test_the_page_is_that_of_the_kept_results() -> None:
