@@ -29,7 +29,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -246,11 +246,22 @@ class Comparison:
         )
         return Timed(Engine(self.model, stack, config, tokenizer=self.tokenizer))
 
+    def fill(self, timed: Timed, kinds: Iterable[str]) -> None:
+        """Have an engine compute all prompts of some kinds."""
+        for kind in kinds:
+            for text in self.texts[kind]:
+                timed.engine.add(text, SamplingParams(max_tokens=1, temperature=0.0))
+            while timed.engine.has_work:
+                timed.engine.step()
+
     def round(self, number: int) -> None:
         """All kinds and batch sizes once; number 0 is not counted."""
+        if not number:
+            for name, timed in self.engines.items():
+                self.fill(timed, ["random"] if name == "zero" else self.texts)
         measured = [("auto", kind) for kind in self.texts] + [("zero", "random")]
         for name, kind in measured:
-            for batch in sorted(self.batches, reverse=True):
+            for batch in self.batches:
                 groups = max(1, LEAST // batch)
                 for group in range(groups if number else 1):
                     at = (number * groups + group) * batch % TEXTS
@@ -264,9 +275,8 @@ class Comparison:
         """The machinery of a drafter that costs next to nothing itself."""
         texts = self.texts["random"]
         for name, timed in self._both(Stack.parse(LOOKUP)).items():
-            for batch in sorted(self.batches, reverse=True):
-                if batch == max(self.batches):  # fills the prefix cache
-                    Pairs().run(self.engines["off"], timed, texts[:batch], "random", 1)
+            self.fill(timed, ["random"])
+            for batch in self.batches:
                 pairs = self.lookup[name, batch] = Pairs()
                 pairs.run(self.engines["off"], timed, texts[:batch], "random", self.tokens)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,12 +119,15 @@ def test_pearl_is_held_against_serial_speculation_and_modelled() -> None:
     model = found["modelled_tokens_per_second_on_two_processors"]
     assert model["serial"] == pytest.approx(3 / (0.02 + 4 * 0.005))
     assert model["pearl"] == pytest.approx(2 / 0.025)  # the draft is the longer one
-    answer = pearl.report({"d": found}, "")
+    sizes = {"target": 490_000_000, "draft": 26_000_000}
+    answer = pearl.report({"d": {"weight_bytes": sizes, **found}}, "")
     assert answer["shape"]["d: faster_on_two_processors_by_the_model"]
     assert "0.80 times serial speculation on all cores" in answer["because"]
 
 
-def test_pearl_arms_decode_the_same_text() -> None:
+def test_pearl_arms_decode_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([0.0, 60.0, *[60.0] * 20])  # others disturb the first turn, which is repeated
+    monkeypatch.setattr(pearl, "others", lambda: next(taken))
     threads = _native.get_num_threads()
     _native.set_num_threads(2)
     try:
@@ -130,12 +135,22 @@ def test_pearl_arms_decode_the_same_text() -> None:
         assert _native.get_num_threads() == 2
     finally:
         _native.set_num_threads(threads)
+    assert len(list(taken)) == 0
     measured = found["measured"]
+    assert found["weight_bytes"]["draft"] < found["weight_bytes"]["target"]
     assert set(measured) == set(pearl.ARMS)
     assert all(len(rates) == 2 for rates in found["rounds"].values())
     for arm, (drafter, _) in pearl.ARMS.items():
         assert (measured[arm]["draft_passes_a_step"] > 0) == (drafter != "none")
         assert measured[arm]["tau"] >= 1
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the kernel does not tell")
+def test_the_work_of_other_processes_is_seen() -> None:
+    before = pearl.others()
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert pearl.others() - before > 0.4
 
 
 def test_the_page_is_that_of_the_kept_results() -> None:
