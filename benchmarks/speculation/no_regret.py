@@ -242,7 +242,7 @@ class Comparison:
         config = EngineConfig(
             max_sequences=max(self.batches),
             max_length=min(2048, self.model.config.max_positions),
-            kv_bytes=3 << 29,
+            kv_bytes=5 << 30,  # takes memory only as it is used
         )
         return Timed(Engine(self.model, stack, config, tokenizer=self.tokenizer))
 
