@@ -43,12 +43,12 @@ def sweep(
     return rows
 
 
-def trained(model: str, tokens: int, folder: Path) -> str:
-    """A fresh adapter, from so many tokens of text read four times."""
+def trained(model: str, tokens: int, work: Path) -> str:
+    """A fresh adapter, from so many tokens of text read as often as ``hasten train`` does."""
     llm, run = LLM(model, max_sequences=1), AdapterRun(tokens=tokens)
     texts = documents(llm.tokenizer, 2 * run.length)
-    train_adapter(load_model(locate(model)), texts, folder / "head", folder, run)
-    return str(folder / "head")
+    train_adapter(load_model(locate(model)), texts, work / "head", work, run)
+    return str(work / "head")
 
 
 def measure(
@@ -58,12 +58,12 @@ def measure(
     name: str = "code",
     prompts: int = 24,
     tokens: int = 96,
+    work: Path | None = None,
 ) -> dict[str, Any]:
-    """The sweep, and which parts of the claim it shows."""
+    """The sweep, and which parts of the claim it shows. ``work`` keeps features and adapter."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = sweep(
-            head or trained(model, train_tokens, Path(folder)), model, name, prompts, tokens
-        )
+        adapter = head or trained(model, train_tokens, work or Path(folder))
+        rows = sweep(adapter, model, name, prompts, tokens)
     best = max(ETAS, key=lambda eta: float(rows[eta]["tokens_per_read"]))
     first, last = ETAS[0], ETAS[-1]
     shape = {
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--head", help="adapter from hasten train kangaroo; default: train one")
     parser.add_argument("--model", default="reference")
     parser.add_argument("--train-tokens", type=int, default=400_000, help="of text, read 4 times")
+    parser.add_argument("--work", type=Path, help="keeps hidden states and adapter for other runs")
     parser.add_argument("--workload", dest="name", default="code", help="code, tasks or spec-bench")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)
