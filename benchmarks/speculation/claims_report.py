@@ -35,7 +35,7 @@ CLAIMS = {
     "smartspec": [],
     "fastdraft": ["--tokens", "300000", "--align-tokens", "30000", "--no-compile"],
     "s2d": ["--tokens", "500000", "--no-compile"],
-    "kangaroo": ["--train-tokens", "150000"],
+    "kangaroo": ["--train-tokens", "800000"],
     "dynamic_exit": ["--train-tokens", "800000", "--prompts", "8"],
 }
 """Scripts with their arguments. Those that train have budgets of minutes on one core."""

@@ -105,6 +105,24 @@ def test_batches_are_spans_of_documents(tiny: Callable[..., Decoder], tmp_path: 
         store.batch(0, 1, 65)
 
 
+def test_steps_read_every_shard_alike(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
+    model = tiny("llama", **SHAPES["llama"])
+    wanted = [[2 + number] * 20 for number in range(48)]  # a document is told by its token
+    store = write_features(model, wanted, tmp_path, [1], tokens=960, longest=64, shard_tokens=160)
+    turns = [shard["documents"] for shard in store.shards]
+    assert turns == [8] * 6
+    for seed in (0, 1):
+        visited = []
+        for step in range(3 * 6 * 4):  # four steps of 2 x 20 tokens read a shard
+            chosen = {int(token) - 2 for token in store.batch(step, 2, 20, seed).tokens[:, 0]}
+            (shard,) = {number // 8 for number in chosen}
+            visited.append(shard)
+        for epoch in range(3):
+            own = visited[24 * epoch : 24 * (epoch + 1)]
+            assert sorted(own) == sorted([*range(6)] * 4)
+            assert all(len(set(own[4 * i : 4 * i + 4])) == 1 for i in range(6))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("length", [1, SLICE - 3, SLICE + 5])
 def test_the_sliced_loss_is_the_cross_entropy(

@@ -218,10 +218,15 @@ class FeatureStore:
 
     def batch(self, step: int, rows: int, length: int, seed: int = 0) -> Rows:
         """Random spans, a function of (seed, step). All are from one shard, so that consecutive
-        steps read the disk rarely; documents shorter than ``length`` are left out."""
-        order = np.random.default_rng((seed, step // 64))
-        index = int(order.integers(len(self.shards)))
-        shard = self._shard(index)
+        steps read the disk rarely; documents shorter than ``length`` are left out.
+
+        Steps stay with a shard for about one reading of it, and every shard has its turn before
+        any has the next.
+        """
+        stay = max(1, self.tokens // (len(self.shards) * rows * length))
+        epoch, turn = divmod(step // stay, len(self.shards))
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.shards))
+        shard = self._shard(int(order[turn]))
         rng = np.random.default_rng((seed, step, 1))
         ends = shard["ends"].numpy().astype(np.int64)
         starts = np.concatenate([[0], ends[:-1]])
