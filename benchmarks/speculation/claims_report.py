@@ -33,7 +33,7 @@ CLAIMS = {
     "tree_calibration": [],
     "specdec_plus_plus": [],
     "smartspec": [],
-    "fastdraft": ["--tokens", "600000", "--align-tokens", "60000"],
+    "fastdraft": ["--tokens", "400000", "--align-tokens", "60000"],
     "s2d": ["--tokens", "500000", "--no-compile"],
     "kangaroo": ["--train-tokens", "800000"],
     "dynamic_exit": ["--train-tokens", "800000", "--prompts", "8"],

@@ -83,3 +83,8 @@ def test_an_exit_needs_layers_behind_it(tiny: Callable[..., Decoder], tmp_path: 
     model = tiny("llama", **SHAPES["llama"])
     with pytest.raises(ValueError, match=r"1\.\.3"):
         train_adapter(model, texts(), tmp_path / "a", tmp_path, AdapterRun(layer=4))
+
+
+@pytest.mark.parametrize(("layers", "exit"), [(2, 1), (6, 1), (24, 2), (32, 2), (80, 5)])
+def test_one_layer_in_16_is_the_exit_of_a_run_that_names_none(layers: int, exit: int) -> None:
+    assert AdapterRun().exit(layers) == exit

@@ -46,7 +46,13 @@ def drafts(
     folder: Path,
 ) -> list[dict[str, Any]]:
     """One row a draft: every size with the whole budget, and the middle one with 1/4 and 1/2."""
-    base = DraftRecipe(tokens=tokens, align_tokens=align_tokens, prompts=prompts, compile=compile)
+    base = DraftRecipe(
+        tokens=tokens,
+        align_tokens=align_tokens,
+        prompts=prompts,
+        compile=compile,
+        batch_tokens=2048,  # budgets are short: 4,096 would leave too few steps
+    )
     target = Target(model)
     division = Division.of(corpus.standard_library())
     source = Prompts(target.speech, division.held_out, base.shortest, base.longest, "claim")

@@ -96,7 +96,7 @@ class DraftRecipe:
     align_tokens: int = 800_000
     epochs: int = 2
     lengths: tuple[int, ...] = (256, 512)
-    batch_tokens: int = 2048
+    batch_tokens: int = 4096
     learning_rate: float = 3e-3
     align_rate: float = 1e-3
     shortest: int = 16
