@@ -33,9 +33,9 @@ CLAIMS = {
     "tree_calibration": [],
     "specdec_plus_plus": [],
     "smartspec": [],
-    "fastdraft": ["--tokens", "300000", "--align-tokens", "30000", "--no-compile"],
+    "fastdraft": ["--tokens", "400000", "--align-tokens", "60000"],
     "s2d": ["--tokens", "500000", "--no-compile"],
-    "kangaroo": ["--train-tokens", "150000"],
+    "kangaroo": ["--train-tokens", "800000"],
     "dynamic_exit": ["--train-tokens", "800000", "--prompts", "8"],
 }
 """Scripts with their arguments. Those that train have budgets of minutes on one core; ``pearl``

@@ -43,10 +43,14 @@ SHAPES = {
 
 
 def random_adapter(model: Decoder, path: Path, layer: int = 2, seed: int = 0) -> AdapterModule:
-    """An adapter whose attention matters, written to ``path``."""
+    """An adapter of random weights, whose attention matters, written to ``path``."""
     module = AdapterModule(model, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
+    spread = model.config.hidden_size**-0.5
     with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        for part in (module.q_proj, module.k_proj, module.v_proj):
+            part.weight.normal_(0.0, spread, generator=generator)
+        generator = torch.Generator().manual_seed(seed)
         module.o_proj.weight.normal_(0.0, 0.2, generator=generator)
         for norm in (module.input_norm, module.output_norm):
             norm.weight.uniform_(0.5, 1.5, generator=generator)

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from hasten.models.base import Decoder
-from hasten.training.features import FeatureStore, TeacherHead, write_features
+from hasten.training.features import (
+    SLICE,
+    FeatureStore,
+    Rows,
+    TeacherHead,
+    write_features,
+)
 from tests.models.drive import whole
 from tests.speculation.self_drafts import SHAPES
 
@@ -97,3 +103,53 @@ def test_batches_are_spans_of_documents(tiny: Callable[..., Decoder], tmp_path: 
     assert not torch.equal(store.batch(4, 8, 20).tokens, rows.tokens)
     with pytest.raises(ValueError, match="no document"):
         store.batch(0, 1, 65)
+
+
+def test_steps_read_every_shard_alike(tiny: Callable[..., Decoder], tmp_path: Path) -> None:
+    model = tiny("llama", **SHAPES["llama"])
+    wanted = [[2 + number] * 20 for number in range(48)]  # a document is told by its token
+    store = write_features(model, wanted, tmp_path, [1], tokens=960, longest=64, shard_tokens=160)
+    turns = [shard["documents"] for shard in store.shards]
+    assert turns == [8] * 6
+    for seed in (0, 1):
+        visited = []
+        for step in range(3 * 6 * 4):  # four steps of 2 x 20 tokens read a shard
+            chosen = {int(token) - 2 for token in store.batch(step, 2, 20, seed).tokens[:, 0]}
+            (shard,) = {number // 8 for number in chosen}
+            visited.append(shard)
+        for epoch in range(3):
+            own = visited[24 * epoch : 24 * (epoch + 1)]
+            assert sorted(own) == sorted([*range(6)] * 4)
+            assert all(len(set(own[4 * i : 4 * i + 4])) == 1 for i in range(6))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("length", [1, SLICE - 3, SLICE + 5])
+def test_the_sliced_loss_is_the_cross_entropy(
+    tiny: Callable[..., Decoder], kind: str, length: int
+) -> None:
+    """Loss and gradient against log-softmax in float64, over slices that do not divide."""
+    model = tiny(kind, **SHAPES[kind])
+    head, vocab = TeacherHead(model), model.config.vocab_size
+    teacher = (3 * torch.randn(2, length, vocab)).softmax(-1)
+    shares, ids = teacher.topk(7)
+    rows = Rows(torch.zeros(2, length, dtype=torch.long), {}, ids, shares)
+    stream = torch.randn(2, length, model.config.hidden_size)
+
+    exact = stream.double().requires_grad_()
+    normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + head.eps)
+    logits = normed * head.get_buffer("norm").double() @ head.get_buffer("matrix").double().T
+    if head.cap is not None:
+        logits = head.cap * torch.tanh(logits / head.cap)
+    expected = -(shares.double() * logits.log_softmax(-1).gather(-1, ids)).sum(-1).mean()
+    expected.backward()  # type: ignore[no-untyped-call]
+    assert exact.grad is not None
+
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        own = stream.clone().requires_grad_()
+        loss = head.soft_cross_entropy(own, rows, dtype)
+        (3 * loss).backward()
+        assert abs(loss.item() - expected.item()) < tolerance * expected.item()
+        assert own.grad is not None
+        apart = (own.grad - 3 * exact.grad).norm() / (3 * exact.grad).norm()
+        assert apart < tolerance, (dtype, apart)

@@ -23,6 +23,7 @@ from hasten.training.draft import (
     acceptance,
     align,
     ask,
+    claim,
     cost,
     export_draft,
     pretrain,
@@ -30,12 +31,28 @@ from hasten.training.draft import (
 )
 from hasten.training.draft_data import Division, Prompts
 
+SIZES = (32, 64, 128)
+"""Hidden sizes, of 3 to 16 % of the bundled target's parameters. The one in the middle also trains
+on less."""
+
 
 def drafts(
-    model: str, tokens: int, align_tokens: int, hidden: Sequence[int], prompts: int, compile: bool
+    model: str,
+    tokens: int,
+    align_tokens: int,
+    hidden: Sequence[int],
+    prompts: int,
+    compile: bool,
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """One row a draft: every size with the whole budget, and the middle one with 1/4 and 1/2."""
-    base = DraftRecipe(tokens=tokens, align_tokens=align_tokens, prompts=prompts, compile=compile)
+    base = DraftRecipe(
+        tokens=tokens,
+        align_tokens=align_tokens,
+        prompts=prompts,
+        compile=compile,
+        batch_tokens=2048,  # budgets are short: 4,096 would leave too few steps
+    )
     target = Target(model)
     division = Division.of(corpus.standard_library())
     source = Prompts(target.speech, division.held_out, base.shortest, base.longest, "claim")
@@ -43,23 +60,23 @@ def drafts(
     middle = hidden[len(hidden) // 2]
     plans = [(middle, tokens // 4), (middle, tokens // 2), *((size, tokens) for size in hidden)]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        answers = ask(target, division.asking, base, Path(folder) / "answers.jsonl")
-        for number, (size, budget) in enumerate(plans):
-            recipe, work = replace(base, hidden=size, tokens=budget), Path(folder) / str(number)
-            draft, finished = pretrain(target, division.pretraining, recipe, work)
-            export_draft(draft, target, (), work / "before")
-            if not finished or not align(draft, answers, target, recipe, work):
-                raise KeyboardInterrupt
-            export_draft(draft, target, (), work / "after")
-            prices = cost(target, work / "after", held_out[0], recipe)
-            row: dict[str, Any] = {"hidden": size, "tokens": budget, "cost": prices}
-            for stage in ("before", "after"):
-                found = row[stage] = acceptance(target, work / stage, held_out, recipe)
-                tau = found["greedy"]["tau"]
-                row[stage]["mbsu"] = speed_up(tau, prices["parameter_ratio"], recipe.k)
-                row[stage]["by_latency"] = speed_up(tau, prices["latency_ratio"], recipe.k)
-            rows.append(row)
+    claim(folder, target, base)
+    answers = ask(target, division.asking, base, folder / "answers.jsonl")
+    for size, budget in plans:
+        recipe, work = replace(base, hidden=size, tokens=budget), folder / f"{size}-{budget}"
+        draft, finished = pretrain(target, division.pretraining, recipe, work)
+        export_draft(draft, target, (), work / "before")
+        if not finished or not align(draft, answers, target, recipe, work):
+            raise KeyboardInterrupt
+        export_draft(draft, target, (), work / "after")
+        prices = cost(target, work / "after", held_out[0], recipe)
+        row: dict[str, Any] = {"hidden": size, "tokens": budget, "cost": prices}
+        for stage in ("before", "after"):
+            found = row[stage] = acceptance(target, work / stage, held_out, recipe)
+            tau = found["greedy"]["tau"]
+            row[stage]["mbsu"] = speed_up(tau, prices["parameter_ratio"], recipe.k)
+            row[stage]["by_latency"] = speed_up(tau, prices["latency_ratio"], recipe.k)
+        rows.append(row)
     return rows
 
 
@@ -126,12 +143,14 @@ def measure(
     model: str = "reference",
     tokens: int = 1_000_000,
     align_tokens: int = 100_000,
-    hidden: Sequence[int] = (32, 128, 256),
+    hidden: Sequence[int] = SIZES,
     prompts: int = 48,
     compile: bool = True,
+    work: Path | None = None,
 ) -> dict[str, Any]:
-    """The rows, and which parts of the claim they show."""
-    rows = drafts(model, tokens, align_tokens, hidden, prompts, compile)
+    """The rows, and which parts of the claim they show. ``work`` goes on from where it stopped."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = drafts(model, tokens, align_tokens, hidden, prompts, compile, work or Path(folder))
     shape = judge(rows, hidden)
     return {
         "claim": "alignment raises alpha by 5 to 15 points over pre-training alone; more "
@@ -152,8 +171,9 @@ def main() -> None:
     parser.add_argument("--model", default="reference")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="to pre-train on at most")
     parser.add_argument("--align-tokens", type=int, default=100_000, help="of the target")
-    parser.add_argument("--hidden", type=int, nargs=3, default=(32, 128, 256))
+    parser.add_argument("--hidden", type=int, nargs="+", default=SIZES, help="three or more")
     parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--work", type=Path, help="keeps answers and drafts; the same one goes on")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     print(json.dumps(measure(**vars(parser.parse_args())), indent=2))
 

@@ -220,7 +220,12 @@ def tree(
 def kangaroo(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write: head=FILE in a stack.")],
     model: o.Model = "reference",
-    layer: Annotated[int, typer.Option(min=1, help="Layers that run before the adapter.")] = 2,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Layers that run before the adapter. Default: one in 16 of the model's."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to learn from.")] = 400_000,
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = 4.0,
     text: Annotated[

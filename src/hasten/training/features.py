@@ -218,10 +218,15 @@ class FeatureStore:
 
     def batch(self, step: int, rows: int, length: int, seed: int = 0) -> Rows:
         """Random spans, a function of (seed, step). All are from one shard, so that consecutive
-        steps read the disk rarely; documents shorter than ``length`` are left out."""
-        order = np.random.default_rng((seed, step // 64))
-        index = int(order.integers(len(self.shards)))
-        shard = self._shard(index)
+        steps read the disk rarely; documents shorter than ``length`` are left out.
+
+        Steps stay with a shard for about one reading of it, and every shard has its turn before
+        any has the next.
+        """
+        stay = max(1, self.tokens // (len(self.shards) * rows * length))
+        epoch, turn = divmod(step // stay, len(self.shards))
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.shards))
+        shard = self._shard(int(order[turn]))
         rng = np.random.default_rng((seed, step, 1))
         ends = shard["ends"].numpy().astype(np.int64)
         starts = np.concatenate([[0], ends[:-1]])
@@ -241,6 +246,47 @@ class FeatureStore:
         )
 
 
+SLICE = 128
+"""Positions whose logits are in memory at a time, small enough to stay in a cache."""
+
+
+class SlicedSoftCrossEntropy(torch.autograd.Function):
+    """Loss and gradient of a frozen output matrix, a slice of positions at a time.
+
+    Over a vocabulary of thousands, logits and their gradient are most of what a step of a head
+    moves through memory. The matrix does not learn, so the gradient of the states is all that is
+    kept, and it is computed while the logits of the slice are there (as in Liger Kernel's fused
+    linear cross-entropy, Hsu et al. 2024).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, matrix: Tensor, ids: Tensor, wanted: Tensor, cap: float | None
+    ) -> Tensor:
+        gradient = torch.empty_like(states)
+        total = torch.zeros((), dtype=torch.float64)
+        parts = zip(*(x.split(SLICE) for x in (states, ids, wanted, gradient)), strict=True)
+        for rows, top, share, out in parts:
+            logits = F.linear(rows.to(matrix.dtype), matrix).float()
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+            slope = None if cap is None else 1 - (logits / cap).square()
+            own = logits - logits.logsumexp(-1, keepdim=True)
+            total -= (share * own.gather(1, top)).sum()
+            # of the logits: softmax times what is wanted in all, less what is wanted of each
+            pull = own.exp_().mul_(share.sum(-1, keepdim=True)).scatter_add_(1, top, -share)
+            if slope is not None:
+                pull *= slope
+            out.copy_(pull.to(matrix.dtype) @ matrix)
+        ctx.save_for_backward(gradient / len(states))
+        return (total / len(states)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None, None, None
+
+
 class TeacherHead(nn.Module):
     """A model's final norm and output matrix in torch, frozen: heads are trained through it."""
 
@@ -254,14 +300,27 @@ class TeacherHead(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         """The residual stream [..., H] to logits [..., V]."""
-        wide = stream.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        logits = F.linear(normed * self.get_buffer("norm"), self.get_buffer("matrix"))
+        logits = F.linear(self._normed(stream), self.get_buffer("matrix"))
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
+    def soft_cross_entropy(
+        self, stream: Tensor, rows: Rows, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Cross-entropy of a stream [B, L, H] against the target's probabilities of its likeliest
+        tokens, averaged over positions; what they leave is not scored.
 
-def soft_cross_entropy(logits: Tensor, rows: Rows) -> Tensor:
-    """Cross-entropy against the target's probabilities of its likeliest tokens, averaged; what
-    they leave is not scored. ``logits`` is [B, L, V]."""
-    own = logits.float().log_softmax(-1).gather(-1, rows.top_ids)
-    return -(rows.probabilities * own).sum(-1).mean()
+        ``dtype`` is that of the products with the output matrix.
+        """
+        loss: Tensor = SlicedSoftCrossEntropy.apply(
+            self._normed(stream).flatten(0, 1),
+            self.get_buffer("matrix").to(dtype),
+            rows.top_ids.flatten(0, 1),
+            rows.probabilities.flatten(0, 1),
+            self.cap,
+        )
+        return loss
+
+    def _normed(self, stream: Tensor) -> Tensor:
+        wide = stream.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed * self.get_buffer("norm")

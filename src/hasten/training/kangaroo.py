@@ -3,7 +3,8 @@
 The lesson is the target's own distribution at each position of a text (soft labels), read through
 the target's own frozen head. Source: Kangaroo, section 3.2; AdamW with these betas, a linear
 warm-up and gradients clipped by value are the paper's, the learning rate is that of a small model
-(the paper's 3e-5 belongs to a width of 4096).
+(the paper's 3e-5 belongs to a width of 4096). The adapter starts as the last layer's attention,
+which learns more from the same text than random projections do.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hasten.kernels.linear import unpack
 from hasten.models.base import Decoder
+from hasten.models.layers import Attention
 from hasten.speculation.heads import write_head
 from hasten.training.features import (
     FeatureStore,
     TeacherHead,
-    soft_cross_entropy,
     write_features,
 )
 from hasten.training.model import RMSNorm, rotate
-from hasten.training.trainer import Reporter
+from hasten.training.trainer import Reporter, pick_precision
 
 KIND = "kangaroo"
 
@@ -37,24 +39,37 @@ class AdapterRun:
     """Budgets and hyperparameters.
 
     Attributes:
-        layer: layers of the target that run before the adapter.
+        layer: layers of the target that run before the adapter; by default one in 16, as the
+            paper's 2 of 32.
         tokens: of text that the target reads once.
         epochs: passes over them.
         batch_rows: spans of ``length`` tokens in a step.
         top: logits of the target that are kept of each position.
     """
 
-    layer: int = 2
+    layer: int | None = None
     tokens: int = 400_000
     epochs: float = 4.0
     length: int = 256
     batch_rows: int = 16
     top: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
     warmup_steps: int = 50
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 0.5
     seed: int = 0
+    precision: str = "auto"
+
+    def exit(self, layers: int) -> int:
+        """The exit of a target with so many layers.
+
+        Raises:
+            ValueError: none are left to verify with.
+        """
+        exit = max(1, round(layers / 16)) if self.layer is None else self.layer
+        if not 1 <= exit < layers:
+            raise ValueError(f"layer {exit} must leave layers to verify with: 1..{layers - 1}")
+        return exit
 
     def steps(self, tokens: int) -> int:
         """Steps that read so many stored tokens as often as ``epochs`` says."""
@@ -68,8 +83,12 @@ class AdapterRun:
 
 
 class AdapterModule(nn.Module):
-    """`hasten.speculation.drafters.kangaroo.Adapter` in torch. It starts as a plain early exit:
-    what the attention writes is zero, and norms are one."""
+    """`hasten.speculation.drafters.kangaroo.Adapter` in torch.
+
+    It starts as the attention of the model's last layer. Where that is of another kind (latent
+    attention, no norm before it), it starts as a plain early exit: what the attention writes is
+    zero, and norms are one.
+    """
 
     def __init__(self, model: Decoder, rope_theta: float = 10000.0, seed: int = 0) -> None:
         super().__init__()
@@ -89,6 +108,21 @@ class AdapterModule(nn.Module):
             for part in (self.q_proj, self.k_proj, self.v_proj):
                 part.weight.normal_(0.0, hidden**-0.5, generator=generator)
             self.o_proj.weight.zero_()
+            self._copy_last(model)
+
+    def _copy_last(self, model: Decoder) -> None:
+        last = getattr(model, "layers", [None])[-1]
+        attention, norm = getattr(last, "attention", None), getattr(last, "norm", None)
+        if not isinstance(attention, Attention) or norm is None:
+            return
+        own = (self.q_proj, self.k_proj, self.v_proj)
+        rows = unpack(attention.qkv.weight)
+        if len(rows) != sum(p.out_features for p in own):
+            return  # heads of an odd size, which are one wider here
+        for part, given in zip(own, rows.split([p.out_features for p in own]), strict=True):
+            part.weight.copy_(given)
+        self.o_proj.weight.copy_(unpack(attention.out.weight))
+        self.input_norm.weight.copy_(norm)
 
     def forward(self, stream: Tensor) -> Tensor:
         """States after the first layers [B, L, H] to the stream that the head reads [B, L, H]."""
@@ -145,21 +179,18 @@ def train_adapter(
         work: gets the features and the log; features are used again by the next run.
     """
     run = run or AdapterRun()
-    if not 1 <= run.layer < model.config.num_layers:
-        raise ValueError(
-            f"layer {run.layer} must leave layers to verify with: 1..{model.config.num_layers - 1}"
-        )
+    layer = run.exit(model.config.num_layers)
     store = write_features(
         model,
         documents,
-        work / f"features-{run.layer}",
-        [run.layer],
+        work / f"features-{layer}",
+        [layer],
         top=run.top,
         tokens=run.tokens,
         longest=2 * run.length,
     )
     module, losses = fit(model, store, run, work / "kangaroo.jsonl")
-    write_adapter(out, model, module, run.layer)
+    write_adapter(out, model, module, layer)
     return losses
 
 
@@ -167,16 +198,20 @@ def fit(
     model: Decoder, store: FeatureStore, run: AdapterRun, log: Path
 ) -> tuple[AdapterModule, list[float]]:
     """The trained adapter and the loss of each step; a function of the store and the run."""
+    layer = run.exit(model.config.num_layers)
     head, module = TeacherHead(model), AdapterModule(model, seed=run.seed)
     optimizer = torch.optim.AdamW(module.parameters(), lr=run.learning_rate, betas=run.betas)
     steps, losses = run.steps(store.tokens), []
+    dtype = pick_precision(run.precision)
     log.unlink(missing_ok=True)
     reporter = Reporter("adapter", log)
     began, each = time.monotonic(), run.batch_rows * run.length
     try:
         for step in range(steps):
             rows = store.batch(step, run.batch_rows, run.length, run.seed)
-            loss = soft_cross_entropy(head(module(rows.hidden[run.layer])), rows)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                stream = module(rows.hidden[layer])
+            loss = head.soft_cross_entropy(stream, rows, dtype)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_value_(module.parameters(), run.clip)
