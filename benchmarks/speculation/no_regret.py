@@ -13,7 +13,9 @@ Prompts come from the prefix cache, but for one row each, so what is timed is de
 has every kind at every batch size, small batches with several groups of prompts; a group is a pair
 of times, and the interval is Student's over the logarithms of the pairs' ratios. The first round
 fills the caches and is not counted, except that ``auto`` learns in it, as it does in a server that
-runs on.
+runs on. What it learns of texts it keeps for each tenant, and each kind of text is one here, as
+the requests of one application are; with ``--mixed`` all of them are one tenant's, so that texts
+without anything to gain stand among those with much.
 
 ``off`` is the same engine with ``draft=none``; ``zero`` is the drafter with ``control=fixed(k=0)``:
 the machinery without a draft. A second table says what a step spends in that machinery, by timers
@@ -141,7 +143,15 @@ class Pairs:
         """Speed against ``off``."""
         return [off / took for off, took in zip(self.off, self.seconds, strict=True)]
 
-    def run(self, off: Timed, other: Timed, texts: list[list[int]], kind: str, tokens: int) -> None:
+    def run(
+        self,
+        off: Timed,
+        other: Timed,
+        texts: list[list[int]],
+        kind: str,
+        tokens: int,
+        tenant: str,
+    ) -> None:
         """Add a pair: both engines answer the texts, all of them at a time."""
         both = (off, other)
         requests: tuple[list[Any], list[Any]] = ([], [])
@@ -158,7 +168,7 @@ class Pairs:
             )
             for at, timed in enumerate(both):
                 began = time.perf_counter()
-                requests[at].append(timed.engine.add(text, params))
+                requests[at].append(timed.engine.add(text, params, tenant=tenant))
                 seconds[at] += time.perf_counter() - began
         turn = 0
         while off.engine.has_work or other.engine.has_work:
@@ -225,6 +235,7 @@ class Comparison:
     batches: Sequence[int]
     tokens: int
     length: int
+    mixed: bool = False
     pairs: dict[tuple[str, str, int], Pairs] = field(default_factory=dict)
     lookup: dict[tuple[str, int], Pairs] = field(default_factory=dict)
 
@@ -253,9 +264,13 @@ class Comparison:
         """Have an engine compute all prompts of some kinds."""
         for kind in kinds:
             for text in self.texts[kind]:
-                timed.engine.add(text, SamplingParams(max_tokens=1, temperature=0.0))
+                params = SamplingParams(max_tokens=1, temperature=0.0)
+                timed.engine.add(text, params, tenant=self.tenant(kind))
             while timed.engine.has_work:
                 timed.engine.step()
+
+    def tenant(self, kind: str) -> str:
+        return "" if self.mixed else kind
 
     def round(self, number: int) -> None:
         """All kinds and batch sizes once; number 0 is not counted."""
@@ -270,7 +285,8 @@ class Comparison:
                     at = (number * groups + group) * batch % TEXTS
                     pairs = self.pairs.setdefault((name, kind, batch), Pairs())
                     texts = self.texts[kind][at : at + batch]
-                    pairs.run(self.engines["off"], self.engines[name], texts, kind, self.tokens)
+                    engines = self.engines["off"], self.engines[name]
+                    pairs.run(*engines, texts, kind, self.tokens, self.tenant(kind))
         if not number:
             self.pairs.clear()
 
@@ -281,7 +297,8 @@ class Comparison:
             self.fill(timed, ["random"])
             for batch in self.batches:
                 pairs = self.lookup[name, batch] = Pairs()
-                pairs.run(self.engines["off"], timed, texts[:batch], "random", self.tokens)
+                engines, tenant = (self.engines["off"], timed), self.tenant("random")
+                pairs.run(*engines, texts[:batch], "random", self.tokens, tenant)
 
     def report(self) -> str:
         """Both tables."""
@@ -294,7 +311,9 @@ class Comparison:
             + ", ".join(f"{count} at batch {batch}" for batch, count in counts.items())
             + f"), a step of one engine beside a step of the other; {self.tokens} tokens behind "
             f"prompts of about {self.length}, greedy (random: drawn at temperature 1), end of "
-            "sequence ignored. *zero*: the same drafter with a budget of 0, on random text.",
+            "sequence ignored; "
+            + ("all texts are one tenant's. " if self.mixed else "each kind is a tenant's. ")
+            + "*zero*: the same drafter with a budget of 0, on random text.",
             "",
             f"| kind | {batches} |",
             "|" + "---|" * (len(self.batches) + 1),
@@ -350,6 +369,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument("--length", type=int, default=96, help="tokens of a prompt, about")
+    parser.add_argument("--mixed", action="store_true", help="one tenant for all kinds of text")
     parser.add_argument("-o", "--out", type=Path, default=Path("no-regret.md"))
     args = parser.parse_args()
     if args.rounds < 2:
@@ -359,7 +379,9 @@ def main() -> None:
     folder = locate(args.model)
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
     stack = Stack.parse(args.stack)
-    found = Comparison(model, tokenizer, stack, args.batches, args.tokens, args.length)
+    found = Comparison(
+        model, tokenizer, stack, args.batches, args.tokens, args.length, mixed=args.mixed
+    )
     began = time.perf_counter()
     for number in range(args.rounds + 1):
         found.round(number)

@@ -46,7 +46,9 @@ def test_rounds_pair_all_kinds_and_batches_and_are_reported(found: Comparison) -
 def test_drafts_are_counted(found: Comparison) -> None:
     pairs = Pairs()
     other = found.under("fixed(k=4)", Stack.parse("draft=prompt-lookup"))
-    pairs.run(found.engines["off"], other, found.texts["copy"][:2], "copy", 24)
+    pairs.run(
+        found.engines["off"], other, found.texts["copy"][:2], "copy", 24, found.tenant("copy")
+    )
     counts = other.engine.stats.speculation
     assert pairs.drafted == [counts.drafted / 48] and pairs.accepted == [counts.accepted / 48]
     assert 0 < counts.accepted <= counts.drafted
@@ -73,7 +75,7 @@ def test_time_is_counted_where_it_is_spent(
     monkeypatch.setattr(other.engine, "control", type(other.engine.control)(k=0))
     object.__setattr__(other.engine.control, "plan", other._timed("plan", slow))
     pairs = Pairs()
-    pairs.run(off, other, found.texts["code"][:2], "code", 5)
+    pairs.run(off, other, found.texts["code"][:2], "code", 5, "")
     assert pairs.seconds[0] - pairs.off[0] > 4 * 0.02
     assert 4 * 0.02 < other.seconds["plan"] < 2 * 5 * 0.02
     assert other.seconds["step"] < other.step_seconds - other.seconds["plan"]
@@ -84,12 +86,12 @@ def test_unequal_work_is_refused(found: Comparison, monkeypatch: pytest.MonkeyPa
     other = found.engines["zero"].engine
     add = other.add
 
-    def shorter(text: list[int], params: SamplingParams) -> Request:
-        return add(text, replace(params, max_tokens=3))
+    def shorter(text: list[int], params: SamplingParams, **options: Any) -> Request:
+        return add(text, replace(params, max_tokens=3), **options)
 
     monkeypatch.setattr(other, "add", shorter)
     with pytest.raises(SystemExit, match="equal work"):
-        Pairs().run(found.engines["off"], found.engines["zero"], [[5, 6, 7]], "code", 4)
+        Pairs().run(found.engines["off"], found.engines["zero"], [[5, 6, 7]], "code", 4, "")
 
 
 def test_the_interval_is_students_over_logarithms() -> None:

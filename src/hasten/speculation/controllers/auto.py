@@ -50,15 +50,17 @@ TRUST = 20.0
 """Candidates that weigh for an expectation, a draft model's or our own, before it is tested."""
 CALIBRATE = 50
 """Steps, or drafts of a model, over which what they brought is held against what was expected."""
-PLANNING = 0.01
-"""Share of the time that weighing budgets may take; between two times, they stay as they are."""
+PLANNING, PLANNED = 0.01, 0.1
+"""Share of the time that weighing budgets may take; between two times, they stay as they are. And
+share of the time that drafts save which it may take as well."""
 NEW = 64
 """Proposals of a drafter, on average, until batches are explored less."""
 FORGETTING = 100.0
 """Steps after which what a sequence did is believed by half, if nothing came to it since: bad luck
 put to sleep would otherwise never be found out."""
 LOOKING = 0.005
-"""Share of the time that looking at the grades may take of sequences that do not draft."""
+"""Share of the time that looking at the grades may take of sequences that do not draft. Of n that
+run together 1/sqrt(n) of it, as with planning."""
 SAVED = 200
 """Steps whose shares may be saved up."""
 REFRESH = 32
@@ -198,6 +200,8 @@ class AutoControl:
         """Seconds that it takes to see the grades of a sequence's drafters."""
         self._step = math.inf
         """Seconds of a step."""
+        self._saved = 0.0
+        """Share of a plain step's time that the last plan expected to save."""
         self._spare = 0.0
         """Seconds that planning may take, negative after it took them."""
         self.steps = 0
@@ -280,7 +284,8 @@ class AutoControl:
         began = self.clock()
         asked, turn = self._asked, self.steps
         sleeping = sum(not follower.budget for follower in asked)
-        stride = max(1, math.ceil(sleeping * self._look_seconds / (LOOKING * self._step)))
+        affordable = LOOKING * self._step / math.sqrt(len(asked))
+        stride = max(1, math.ceil(sleeping * self._look_seconds / affordable))
         looks = 0
         for place, follower in enumerate(asked):
             looked = follower.budget or not (place + turn) % stride
@@ -326,6 +331,7 @@ class AutoControl:
                     self._rate, steps, ladders = rate, fewer, without
         self._allot(steps, ladders)
         self._await = sum(step[2] for step in steps)
+        self._saved = max(0.0, 1 - load.decoding / plain / self._rate) if steps else 0.0
         more = sum(step[1] for step in steps)
         extra = prices.extra(load, more)
         row = prices.extra(load, more + 1) - extra
@@ -537,11 +543,13 @@ class AutoControl:
         self.steps += 1
         seconds = report.step_seconds
         self._step = seconds if self._step == math.inf else 0.9 * self._step + 0.1 * seconds
+        # of a batch, less is at stake in each sequence, and what one of them shows serves others
+        crowd = math.sqrt(max(report.load.decoding, 1))
         share = self.method.explore * seconds
-        if self.tried > NEW * len(self.by_trial):  # what one sequence's try teaches serves others
-            share /= math.sqrt(max(report.load.decoding, 1))
+        if self.tried > NEW * len(self.by_trial):
+            share /= crowd
         self.purse = min(self.purse + share, max(self.purse, SAVED * share))
-        share = PLANNING * seconds
+        share = (PLANNING / crowd + PLANNED * self._saved) * seconds
         self._spare = min(self._spare + share, max(self._spare, SAVED * share))
         self._awaited += (TRUST - self._awaited) / CALIBRATE
         self._gained += (TRUST - self._gained) / CALIBRATE

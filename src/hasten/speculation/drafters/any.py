@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hasten.methods import method
-from hasten.speculation.base import Computed, Draftable, DraftContext, Drafter, Drafting, Outcome
+from hasten.speculation.base import (
+    Computed,
+    Draftable,
+    DraftContext,
+    Drafter,
+    Drafting,
+    Outcome,
+    StatelessDrafting,
+)
 from hasten.speculation.drafters.prompt_lookup import PromptLookup
 from hasten.speculation.parts import PartView, check_parts
 from hasten.speculation.tree import TokenTree
@@ -58,6 +66,13 @@ class Portfolio:
 
     def __init__(self, parts: Sequence[Drafting], names: Sequence[str]) -> None:
         self.parts = list(parts)
+        deaf = StatelessDrafting.observe
+        self._learning = {
+            arm
+            for arm, part in enumerate(parts)
+            if getattr(type(part), "observe", None) is not deaf
+        }
+        """Drafters that learn from outcomes: telling the others would take time."""
         self.sources = list(names)
         self.clock = time.perf_counter
         self.seconds = [0.0] * len(self.parts)
@@ -139,7 +154,8 @@ class Portfolio:
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for arm, part in enumerate(self.parts):
-            part.observe([_seen_by(arm, outcome) for outcome in outcomes])
+            if arm in self._learning:
+                part.observe([_seen_by(arm, outcome) for outcome in outcomes])
         for outcome in outcomes:
             outcome.sequence.draft_state.open = 0
 
