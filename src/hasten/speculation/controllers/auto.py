@@ -53,14 +53,16 @@ CALIBRATE = 50
 PLANNING, PLANNED = 0.01, 0.1
 """Share of the time that weighing budgets may take; between two times, they stay as they are. And
 share of the time that drafts save which it may take as well."""
+WEARY = 0.7
+"""What is kept of the zeal to plan and to look with each plan that finds nothing to draft, down to
+1/sqrt(n) of n sequences. A new one of them and an accepted candidate restore it."""
 NEW = 64
 """Proposals of a drafter, on average, until batches are explored less."""
 FORGETTING = 100.0
 """Steps after which what a sequence did is believed by half, if nothing came to it since: bad luck
 put to sleep would otherwise never be found out."""
 LOOKING = 0.005
-"""Share of the time that looking at the grades may take of sequences that do not draft. Of n that
-run together 1/sqrt(n) of it, as with planning."""
+"""Share of the time that looking at the grades may take of sequences that do not draft."""
 SAVED = 200
 """Steps whose shares may be saved up."""
 REFRESH = 32
@@ -200,6 +202,7 @@ class AutoControl:
         """Seconds that it takes to see the grades of a sequence's drafters."""
         self._step = math.inf
         """Seconds of a step."""
+        self._zeal = 1.0
         self._saved = 0.0
         """Share of a plain step's time that the last plan expected to save."""
         self._spare = 0.0
@@ -231,6 +234,7 @@ class AutoControl:
             follower = followers.get(id(sequence))
             if follower is None:
                 follower = followers[id(sequence)] = self._follow(sequence)
+                self._zeal = 1.0
             asked.append(follower)
         self._asked = asked
         if self.graded:
@@ -284,7 +288,7 @@ class AutoControl:
         began = self.clock()
         asked, turn = self._asked, self.steps
         sleeping = sum(not follower.budget for follower in asked)
-        affordable = LOOKING * self._step / math.sqrt(len(asked))
+        affordable = LOOKING * self._zeal * self._step
         stride = max(1, math.ceil(sleeping * self._look_seconds / affordable))
         looks = 0
         for place, follower in enumerate(asked):
@@ -332,6 +336,7 @@ class AutoControl:
         self._allot(steps, ladders)
         self._await = sum(step[2] for step in steps)
         self._saved = max(0.0, 1 - load.decoding / plain / self._rate) if steps else 0.0
+        self._zeal = 1.0 if steps else max(1 / math.sqrt(load.decoding), WEARY * self._zeal)
         more = sum(step[1] for step in steps)
         extra = prices.extra(load, more)
         row = prices.extra(load, more + 1) - extra
@@ -543,13 +548,11 @@ class AutoControl:
         self.steps += 1
         seconds = report.step_seconds
         self._step = seconds if self._step == math.inf else 0.9 * self._step + 0.1 * seconds
-        # of a batch, less is at stake in each sequence, and what one of them shows serves others
-        crowd = math.sqrt(max(report.load.decoding, 1))
         share = self.method.explore * seconds
-        if self.tried > NEW * len(self.by_trial):
-            share /= crowd
+        if self.tried > NEW * len(self.by_trial):  # what one sequence's try teaches serves others
+            share /= math.sqrt(max(report.load.decoding, 1))
         self.purse = min(self.purse + share, max(self.purse, SAVED * share))
-        share = (PLANNING / crowd + PLANNED * self._saved) * seconds
+        share = (PLANNING * self._zeal + PLANNED * self._saved) * seconds
         self._spare = min(self._spare + share, max(self._spare, SAVED * share))
         self._awaited += (TRUST - self._awaited) / CALIBRATE
         self._gained += (TRUST - self._gained) / CALIBRATE
@@ -643,6 +646,8 @@ class AutoControl:
         arm.shared[state].observe(budget, candidates, accepted)
         if candidates and at not in self.graded:
             arm.state = 0 if not accepted else 2 if accepted[-1] == candidates else 1
+        if accepted:
+            self._zeal = 1.0
         arm.tries += 1
         self.tried += 1
         arm.counted = self.steps
