@@ -18,8 +18,9 @@ the requests of one application are; with ``--mixed`` all of them are one tenant
 without anything to gain stand among those with much.
 
 ``off`` is the same engine with ``draft=none``; ``zero`` is the drafter with ``control=fixed(k=0)``:
-the machinery without a draft. A second table says what a step spends in that machinery, by timers
-around its parts; what a step of ``off`` spends there is subtracted.
+the machinery without a draft. ``again`` is a second ``off``: what it differs by from the first is
+the place of its pages in memory, and not the drafts. A second table says what a step spends in that
+machinery, by timers around its parts; what a step of ``off`` spends there is subtracted.
 
 What ``auto`` pays for trying drafts out is paid early in a text. ``--tokens 192 --batches 16`` in a
 run of its own says what is left of it when texts are longer.
@@ -241,7 +242,8 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.texts = prompts(self.tokenizer, self.length)
-        self.engines = {"off": self._engine(Stack.parse("plain")), **self._both(self.stack)}
+        off, again = (self._engine(Stack.parse("plain")) for _ in range(2))
+        self.engines = {"off": off, **self._both(self.stack), "again": again}
 
     def _both(self, stack: Stack) -> dict[str, Timed]:
         return {"auto": self.under("auto", stack), "zero": self.under("fixed(k=0)", stack)}
@@ -276,8 +278,9 @@ class Comparison:
         """All kinds and batch sizes once; number 0 is not counted."""
         if not number:
             for name, timed in self.engines.items():
-                self.fill(timed, ["random"] if name == "zero" else self.texts)
-        measured = [("auto", kind) for kind in self.texts] + [("zero", "random")]
+                self.fill(timed, self.texts if name in ("off", "auto") else ["random"])
+        measured = [("auto", kind) for kind in self.texts]
+        measured += [("zero", "random"), ("again", "random")]
         for name, kind in measured:
             for batch in self.batches:
                 groups = max(1, LEAST // batch)
@@ -313,12 +316,14 @@ class Comparison:
             f"prompts of about {self.length}, greedy (random: drawn at temperature 1), end of "
             "sequence ignored; "
             + ("all texts are one tenant's. " if self.mixed else "each kind is a tenant's. ")
-            + "*zero*: the same drafter with a budget of 0, on random text.",
+            + "*zero*: the same drafter with a budget of 0, on random text; *again*: a second "
+            "engine without drafts beside the first.",
             "",
             f"| kind | {batches} |",
             "|" + "---|" * (len(self.batches) + 1),
         ]
         rows = [(kind, "auto", kind) for kind in self.texts] + [("*zero*", "zero", "random")]
+        rows.append(("*again*", "again", "random"))
         for title, name, kind in rows:
             cells = []
             for batch in self.batches:

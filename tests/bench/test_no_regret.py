@@ -31,14 +31,15 @@ def test_rounds_pair_all_kinds_and_batches_and_are_reported(found: Comparison) -
         found.round(number)
     found.look_up()
     kinds = {"random", "code", "copy", "prose", "JSON"}
-    names = {("auto", kind) for kind in kinds} | {("zero", "random")}
+    names = {("auto", kind) for kind in kinds} | {("zero", "random"), ("again", "random")}
     assert set(found.pairs) == {(*name, batch) for name in names for batch in (1, 4)}
     for (name, _, batch), pairs in found.pairs.items():
         assert len(pairs.off) == len(pairs.seconds) == {1: 4, 4: 2}[batch]  # round 0 is not there
         assert name == "auto" or pairs.drafted == [0.0] * len(pairs.off)
     assert set(found.lookup) == {(name, batch) for name in ("auto", "zero") for batch in (1, 4)}
     report = found.report()
-    assert sum(line.startswith("| *zero*") for line in report.splitlines()) == 1
+    for row in ("zero", "again"):
+        assert sum(line.startswith(f"| *{row}*") for line in report.splitlines()) == 1
     assert "`any`, k = 0 | 4 " in report and "`prompt-lookup`, `auto` | 1 " in report
     json.dumps(found.data())
 
