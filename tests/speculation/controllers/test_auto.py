@@ -425,3 +425,16 @@ def test_all_stop_at_one_depth_where_depth_is_dear() -> None:
     simulation.run(200)
     one_each = 32 * 1.8 / (passes(64) + 1e-3)
     assert simulation.run(400) > 0.95 * one_each
+
+
+def test_a_clock_that_stands_still_is_no_error() -> None:
+    simulation = Simulation(
+        Auto(),
+        [Text(lambda position: 0.5) for _ in range(3)],
+        lambda rows: 0.0,
+        drafting=Grades(lambda k: 0.0, _rng()),
+        does=GRADED,
+    )
+    for _ in range(50):
+        simulation.step()
+    assert simulation.tokens >= 150

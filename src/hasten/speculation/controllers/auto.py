@@ -41,7 +41,7 @@ TEXT = 64.0
 WORTHLESS = 0.03
 """Tokens a row below which a candidate is not even weighed."""
 TENANTS = 1024
-"""Tenants whose curves are kept (about 3 KiB each and drafter); the one longest unused goes."""
+"""Tenants whose curves are kept (3 to 5 KiB each and drafter); the one longest unused goes."""
 DEAR = 0.003
 """Price of a round, as a share of a plain step, above which it is checked who pays for it."""
 CAPS = (1.0, 2.0, 4.0, 8.0)
@@ -288,7 +288,7 @@ class AutoControl:
         began = self.clock()
         asked, turn = self._asked, self.steps
         sleeping = sum(not follower.budget for follower in asked)
-        affordable = LOOKING * self._zeal * self._step
+        affordable = max(LOOKING * self._zeal * self._step, 1e-9)  # a clock may stand still
         stride = max(1, math.ceil(sleeping * self._look_seconds / affordable))
         looks = 0
         for place, follower in enumerate(asked):
