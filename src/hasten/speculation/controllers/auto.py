@@ -109,7 +109,8 @@ class Arm:
         steps: what growing budgets of a proposal bring: (rows, tokens, budget).
         value: what a proposal is worth at today's prices, in tokens.
         budget: of its next proposal.
-        read: tokens of the sequence when it was last asked. It has to read what came since.
+        read: tokens of the sequence when it was last asked. It has to read what came since, which
+            costs ``reading`` seconds for each token to come.
         trial: a proposal that waits for its text.
         tries: proposals that were counted.
         counted: the step in which the last of them was.
@@ -126,6 +127,7 @@ class Arm:
     value: float = 0.0
     budget: int = 0
     read: int = 0
+    reading: float = 0.0
     news: bool = True
     trial: Trial | None = None
     tries: int = 0
@@ -203,6 +205,7 @@ class AutoControl:
         self._step = math.inf
         """Seconds of a step."""
         self._zeal = 1.0
+        """To plan and to look, see ``WEARY``."""
         self._saved = 0.0
         """Share of a plain step's time that the last plan expected to save."""
         self._spare = 0.0
@@ -382,14 +385,15 @@ class AutoControl:
             tokens += gain
             more += rows
             price = self.prices.rounds[arm]
-            drafting += price.reading * gain
+            reading = follower.arms[arm].reading
+            drafting += reading * gain
             if depth > deepest[arm]:  # a round is shared by those who draft in it
                 drafting += min(1.0, chance * decoding) * price.depth * (depth - deepest[arm])
                 if not deepest[arm]:
                     drafting += min(1.0, chance * decoding) * price.round
                 deepest[arm] = depth
             if budget == follower.arms[arm].steps[0][2]:
-                drafting += chance * (price.sequence + price.reading)
+                drafting += chance * (price.sequence + reading)
             rate = tokens / (plain + self.prices.extra(load, more) + drafting)
             if rate > best:
                 best, best_at = rate, at
@@ -434,6 +438,7 @@ class AutoControl:
                     if gain > WORTHLESS * rows
                 ]
                 arm.news = False
+            arm.reading = self._reading(follower, at)
             if len(follower.arms) > 1:
                 arm.value = self._value(follower, at, load, rate)
         follower.ladder = self._ladder(follower, load)
@@ -468,21 +473,26 @@ class AutoControl:
             ladder.steps.sort(key=_density, reverse=True)
         return ladder
 
-    def _value(self, follower: Follower, arm: int, load: Load, rate: float) -> float:
-        """Tokens that a proposal brings, less those that could be had in the time it takes."""
-        state, sequence = follower.arms[arm], follower.sequence
-        price, depth_share = self.prices.rounds[arm], self.prices.depth_share[arm]
+    def _reading(self, follower: Follower, arm: int) -> float:
+        """Seconds of reading for each token to come: it is read once, and what the drafter missed
+        is paid for by those that it is used for."""
+        sequence = follower.sequence
         written = len(sequence.tokens) - sequence.num_prompt
         left = max(self.length - written, self.length / 4) * self.use[arm]
-        # each token is read once; what it missed is paid for by the tokens to come
-        reading = price.reading * (1 + (len(sequence.tokens) - state.read) / left)
+        unread = len(sequence.tokens) - follower.arms[arm].read
+        return self.prices.rounds[arm].reading * (1 + unread / left)
+
+    def _value(self, follower: Follower, arm: int, load: Load, rate: float) -> float:
+        """Tokens that a proposal brings, less those that could be had in the time it takes."""
+        state = follower.arms[arm]
+        price, depth_share = self.prices.rounds[arm], self.prices.depth_share[arm]
         tokens, more, best = 0.0, 0.0, 0.0
         for rows, gain, _ in state.steps:
             tokens, more = tokens + gain, more + rows
             cost = min(self.prices.extra(load, more), more * self._row)
             cost += price.sequence
             cost += (price.round + price.depth * more * depth_share) / load.decoding
-            cost += reading * (1 + tokens)
+            cost += state.reading * (1 + tokens)
             best = max(best, tokens - rate * cost)
         return best
 
@@ -518,10 +528,11 @@ class AutoControl:
         cost = prices.extra(load, taken + budget) - prices.extra(load, taken)
         unread = len(follower.sequence.tokens) - arm.read
         drafting = prices.lone(at, budget, unread, self.steps)
-        if not sleeps and self._rate:  # what the others would have brought
-            drafting += follower.ladder.value / self._rate
-        if cost + drafting <= self.purse:
-            self.purse -= cost + drafting
+        missed = 0.0  # what the others would have brought
+        if not sleeps and self._rate:
+            missed = follower.ladder.value / self._rate
+        if cost + drafting + missed <= self.purse:
+            self.purse -= cost + drafting + missed
             self._probing, self._probed = follower, (at, cost, drafting)
             self._assign(follower, [(at, budget)])
             budgets[place] = budget
