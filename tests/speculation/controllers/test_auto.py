@@ -438,3 +438,18 @@ def test_a_clock_that_stands_still_is_no_error() -> None:
     for _ in range(50):
         simulation.step()
     assert simulation.tokens >= 150
+
+
+def test_a_lone_drafter_pays_for_its_reading_too() -> None:
+    """Texts that end long before it pays: the plan counts what is read, and leaves it alone."""
+    reader = Reader(lambda k: 1e-5, random.Random(1), quality=0.95)
+    simulation = Simulation(Auto(), [], FREE_ROWS, drafting=reader, does=MODEL_LIKE)
+    before = 0.0
+    for number in range(80):
+        if number == 40:
+            before = reader.spent
+        text = Text(lambda p: 0.0, tokens=list(range(3000)), num_prompt=3000)
+        simulation.texts = [text]
+        simulation.run(10)
+        simulation.control.close(text)
+    assert reader.spent - before < 0.21 * 40 / 4
