@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 
 import numpy as np
 import torch
@@ -241,7 +242,9 @@ class Sampler:
         self._eos = eos
         self._prompt = prompt
         self._seen: NDArray[np.bool_] | None = None  # tokens of prompt and output, by id
-        self._bad_words = bad_words
+        self._endings: dict[int | None, list[Sequence[int]]] = {}  # bad words, by last but one
+        for word in bad_words:
+            self._endings.setdefault(word[-2] if len(word) > 1 else None, []).append(word)
         self._output: list[int] = []
         self._counts: dict[int, int] = {}
         p = params
@@ -328,10 +331,8 @@ class Sampler:
             kept = row[allowed]
             row[:] = -np.inf
             row[allowed] = kept
-        for word in self._bad_words:
-            head = list(word[:-1])
-            if not head or self._tail(len(head)) == head:
-                row[word[-1]] = -np.inf
+        if self._endings:
+            self._ban_words(row)
         if self.constraint is not None:
             self.constraint.mask(row)
         if early:
@@ -349,6 +350,14 @@ class Sampler:
         if not row[best] > -np.inf:
             raise NoTokenLeft(f"the largest logit is {row[best]}")
         return best
+
+    def _ban_words(self, row: Row) -> None:
+        """Ban the last tokens of the bad words that are written but for it."""
+        (last,) = self._tail(1)
+        for word in chain(self._endings.get(None, ()), self._endings.get(last, ())):
+            length = len(word) - 1
+            if not length or self._tail(length) == list(word[:-1]):
+                row[word[-1]] = -np.inf
 
     def _tail(self, length: int) -> list[int]:
         if len(self._output) >= length:

@@ -42,6 +42,7 @@ def prepare(service: Service, body: Body) -> Job:
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
         structure=fields.structured_outputs(request, config),
+        tokenizer=prompter.tokenizer,
     )
     if request.reasoning_effort is not None and not prompter.takes("reasoning_effort", request):
         ignored.append("reasoning_effort")  # clients send it to all models

@@ -47,6 +47,7 @@ def prepare(service: Service, body: Body) -> Job:
         logprobs=0 if request.logprobs is None and best_of > n else request.logprobs,
         prompt_logprobs=max(wanted, default=None),
         structure=fields.structured_outputs(request, config),
+        tokenizer=prompter.tokenizer,
     )
     prompts, texts = prompter.prompts(
         request.prompt,
