@@ -562,6 +562,7 @@ class Engine:
         finite = bool(np.isfinite(lse).all())
         rows = Rows(output.logits.numpy(), output.best.tolist(), lse, finite)
         ends_at = batch.segment_wanted.tolist()
+        last_rows = batch.segment_rows.tolist()
         embeddings = iter(output.embeddings.tolist())
         moves = Moves([], [], [])
         extended: list[tuple[Delta, int, int]] = []  # with positions computed, row of the root
@@ -583,7 +584,7 @@ class Engine:
                 delta.embedding = next(embeddings)
             extended.append((delta, known + len(path) - 1, root_row))
             if self._drafts and delta.tokens and sequence.finish_reason != "error":
-                last = int(batch.segment_rows[i + 1])
+                last = last_rows[i + 1]
                 outcomes.append(
                     Outcome(
                         sequence=sequence,

@@ -15,8 +15,8 @@ from hasten.engine.recording import MAX_ROWS
 
 # dense where few rows are, where the recorded passes end, and doubling from there
 KNOTS = (1, 2, 3, 4, 6, 8, 12, MAX_ROWS, MAX_ROWS + 1, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-LOOK_SECONDS = 0.5
-"""Time for the look at the idle engine; the first pass of all may take longer by itself."""
+LOOK_SECONDS = 0.8
+"""Time for the look at the idle engine, without the first pass of all and the long context."""
 LOOKS = (1, 2, 4, 8, MAX_ROWS, MAX_ROWS + 1, 32, 64, 128, 256, 512)
 CONTEXTS = (16, 1024)
 """Positions before the rows that are timed."""
@@ -51,7 +51,8 @@ class PassTimes:
     def look(self, time_step: Callable[[int, int], float]) -> None:
         """Time passes of an idle engine: rows in doubling order, then a long context.
 
-        The first pass of a size may be recorded or allocate, so the second one counts.
+        The first pass of a size may be recorded or allocate, so the others count; the first of all
+        may have to read the weights from a disk.
         """
         spent = last = 0.0
         try:
@@ -59,14 +60,14 @@ class PassTimes:
                 place = bisect_right(self.knots, rows) - 1
                 if self.knots[place] != rows or spent + 3 * last > LOOK_SECONDS:
                     continue
-                spent += time_step(rows, CONTEXTS[0])
+                first = time_step(rows, CONTEXTS[0])
                 last = min(time_step(rows, CONTEXTS[0]) for _ in range(2))
-                spent += 2 * last
+                spent += 2 * last + (first if rows > 1 else 0.0)
                 self.value[place], self.count[place] = last, 3
-                if rows == 1:
-                    far = min(time_step(rows, CONTEXTS[1]) for _ in range(2))
-                    spent += 2 * far
-                    self.per_read = max(0.0, far - last) / (CONTEXTS[1] - CONTEXTS[0])
+            # a small difference of large times: in turns, and often
+            turns = [[time_step(1, context) for context in CONTEXTS] for _ in range(6)]
+            near, far = (min(times) for times in zip(*turns, strict=True))
+            self.per_read = max(0.0, far - near) / (CONTEXTS[1] - CONTEXTS[0])
         except ValueError:  # the engine is smaller than that
             pass
         self._fill()

@@ -51,24 +51,33 @@ TRUST = 20.0
 CALIBRATE = 50
 """Steps, or drafts of a model, over which what they brought is held against what was expected."""
 PLANNING, PLANNED = 0.01, 0.1
-"""Share of the time that weighing budgets may take; between two times, they stay as they are. And
-share of the time that drafts save which it may take as well."""
+"""Share of a lone sequence's time that weighing budgets may take (of n together, as with trials);
+between two times, they stay as they are. And share of the time that drafts save which it may take
+as well."""
 WEARY = 0.7
-"""What is kept of the zeal to plan and to look with each plan that finds nothing to draft, down to
-1/sqrt(n) of n sequences. A new one of them and an accepted candidate restore it."""
+"""What is kept of the zeal to plan, look and try with each plan that finds nothing to draft, down
+to 1/n of n sequences. A new one of them restores it, an accepted candidate a step of it."""
 NEW = 64
-"""Proposals of a drafter, on average, until batches are explored less."""
+"""Steps until batches are explored less."""
 FORGETTING = 100.0
 """Steps after which what a sequence did is believed by half, if nothing came to it since: bad luck
 put to sleep would otherwise never be found out."""
 LOOKING = 0.005
-"""Share of the time that looking at the grades may take of sequences that do not draft."""
-SAVED = 200
-"""Steps whose shares may be saved up."""
+"""Share of the time, in the same way, that looking at the grades may take of sequences that do not
+draft."""
+SAVED, SAVED_PLANNING = 200, 32
+"""Steps whose shares may be saved up, for trials and for planning."""
 REFRESH = 32
 """Steps between two looks at what passes cost."""
-LEARN_EVERY, LEARN_OFTEN = 16, 4
-"""Steps between two that the step times learn from, without candidates and with them."""
+LEARNING = 0.001
+"""Share of the time that learning what steps cost may take, four times that with candidates."""
+LEARN_SECONDS = 15e-6
+"""That it takes once."""
+LEARN_OFTEN = 4
+"""Steps between two that the drafters' times learn from."""
+PLAINLY, CLEAR = 64, 0.33
+"""Steps with candidates after which one runs without, to see again what that takes, unless they
+save more of the time than such an error could be."""
 
 
 @method("auto", slot="control", exact="bitwise", does=("sets-budgets",))
@@ -81,8 +90,8 @@ class Auto:
     drafters a sequence has those that pay in the order of what their proposals are worth: the next
     one is asked where one before it has nothing to propose. The others are watched with trials,
     proposals that are held against the text as it comes, unverified; also where no drafts pay.
-    Trials and probes take at most ``explore`` of the time of a lone sequence, and of the time of n
-    that run together 1/sqrt(n) of that share.
+    Trials and probes take at most ``explore`` of the time of a lone sequence. Of the time of n that
+    run together they take 1/sqrt(n) of that share, and where nothing comes of them 1/n.
     """
 
     most: int = 16
@@ -138,7 +147,7 @@ class Arm:
     brought: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Follower:
     """What is known of one sequence.
 
@@ -194,8 +203,6 @@ class AutoControl:
         self.use = [1.0] * len(cards)
         """Share of the tokens behind the first time that a drafter is asked that come from steps in
         which it is."""
-        self.tried = 0
-        """Proposals that were counted, of all drafters."""
         self.purse = 0.0
         """Seconds that may be spent on looking."""
         self._thought = 0.0
@@ -214,6 +221,8 @@ class AutoControl:
         self._load: tuple[int, int] = (0, 0)
         self._asked: list[Follower] = []
         self._drafting = 0  # candidates that were asked for in this step
+        self._tried: list[Follower] = []  # those with trials that wait for their text
+        self._drafted = 0  # steps with candidates since one had none
         self._probing: Follower | None = None  # it drafts in this step for a trial's sake
         self._probed = (0, 0.0, 0.0)  # which, and the target's and the draft's time paid for it
         self._rate = 0.0  # tokens a second that the last plan expected
@@ -271,7 +280,9 @@ class AutoControl:
             budgets = [min(b, load.rows_left // len(budgets)) for b in budgets]
             for follower, budget in zip(asked, budgets, strict=True):
                 follower.budget = budget
-        if self.purse > 0:
+        if self._drafted >= PLAINLY and self._saved < CLEAR:
+            budgets = [0] * len(budgets)
+        elif self.purse > 0:
             self._probe(load, budgets, self.steps % len(asked))
         self._drafting = sum(budgets)
         return budgets
@@ -291,7 +302,9 @@ class AutoControl:
         began = self.clock()
         asked, turn = self._asked, self.steps
         sleeping = sum(not follower.budget for follower in asked)
-        affordable = max(LOOKING * self._zeal * self._step, 1e-9)  # a clock may stand still
+        affordable = max(
+            LOOKING * self._zeal * self._step / math.sqrt(len(asked)), 1e-9
+        )  # a clock may stand still
         stride = max(1, math.ceil(sleeping * self._look_seconds / affordable))
         looks = 0
         for place, follower in enumerate(asked):
@@ -339,7 +352,7 @@ class AutoControl:
         self._allot(steps, ladders)
         self._await = sum(step[2] for step in steps)
         self._saved = max(0.0, 1 - load.decoding / plain / self._rate) if steps else 0.0
-        self._zeal = 1.0 if steps else max(1 / math.sqrt(load.decoding), WEARY * self._zeal)
+        self._zeal = 1.0 if steps else max(1 / load.decoding, WEARY * self._zeal)
         more = sum(step[1] for step in steps)
         extra = prices.extra(load, more)
         row = prices.extra(load, more + 1) - extra
@@ -559,34 +572,34 @@ class AutoControl:
         self.steps += 1
         seconds = report.step_seconds
         self._step = seconds if self._step == math.inf else 0.9 * self._step + 0.1 * seconds
+        # what is learned of one sequence serves the others
+        crowd = 1 / math.sqrt(max(report.load.decoding, 1))
         share = self.method.explore * seconds
-        if self.tried > NEW * len(self.by_trial):  # what one sequence's try teaches serves others
-            share /= math.sqrt(max(report.load.decoding, 1))
-        self.purse = min(self.purse + share, max(self.purse, SAVED * share))
-        share = (PLANNING * self._zeal + PLANNED * self._saved) * seconds
-        self._spare = min(self._spare + share, max(self._spare, SAVED * share))
+        if self.steps > NEW:
+            share *= crowd * crowd * self._zeal
+        self.purse = min(self.purse + share, SAVED * share)
+        share = (PLANNING * crowd * self._zeal + PLANNED * self._saved) * seconds
+        self._spare = min(self._spare + share, SAVED_PLANNING * share)
         self._awaited += (TRUST - self._awaited) / CALIBRATE
         self._gained += (TRUST - self._gained) / CALIBRATE
-        if self._await and self._probing is None:
+        if self._drafting and self._await and self._probing is None:
             self._awaited += self._await
             self._gained += sum(len(o.path) - 1 for o in report.outcomes)
         if self._drafting:
             self._learn_drafts(report)
-        often = LEARN_OFTEN if report.candidates else LEARN_EVERY
-        if not self.steps % often or self.prices.around.seen < REFRESH:
+        self._drafted = self._drafted + 1 if report.candidates else 0
+        often = LEARN_SECONDS / max(LEARNING * seconds, 1e-9) / (4 if report.candidates else 1)
+        if not self.steps % math.ceil(often) or self.prices.around.seen < REFRESH:
             self.prices.observe(report)
-        followers = self.followers
-        for outcome in report.outcomes:
-            follower = followers.get(id(outcome.sequence))
-            if follower is not None:
-                for at, arm in enumerate(follower.arms):
-                    if arm.trial is not None and arm.trial.advance(outcome.sequence.tokens):
-                        self._judge(follower, at, arm.trial)
+        for follower in list(self._tried):
+            for at, arm in enumerate(follower.arms):
+                if arm.trial is not None and arm.trial.advance(follower.sequence.tokens):
+                    self._judge(follower, at, arm.trial)
         if self.purse > 0 and report.outcomes:
             outcome = report.outcomes[self.steps % len(report.outcomes)]
-            follower = followers.get(id(outcome.sequence))
-            if follower is not None:
-                self._try(follower)
+            turn = self.followers.get(id(outcome.sequence))
+            if turn is not None:
+                self._try(turn)
 
     def _learn_drafts(self, report: StepReport) -> None:
         """Count proposals, and what drafting took."""
@@ -658,9 +671,8 @@ class AutoControl:
         if candidates and at not in self.graded:
             arm.state = 0 if not accepted else 2 if accepted[-1] == candidates else 1
         if accepted:
-            self._zeal = 1.0
+            self._zeal = min(1.0, self._zeal / WEARY)
         arm.tries += 1
-        self.tried += 1
         arm.counted = self.steps
         if follower.budget or accepted:  # who sleeps is not woken by failure
             arm.news = follower.news = True
@@ -685,6 +697,8 @@ class AutoControl:
                 arm.read = len(sequence.tokens)
                 if len(tree) > 1:
                     arm.trial = Trial(state, budget, tree, len(sequence.tokens))
+                    if follower not in self._tried:
+                        self._tried.append(follower)
                 else:
                     self._count(follower, at, state, budget, 0, [])
                     self._pause(arm, False)
@@ -694,6 +708,8 @@ class AutoControl:
         """Count a trial that is decided."""
         arm = follower.arms[at]
         arm.trial = None
+        if all(other.trial is None for other in follower.arms):
+            self._tried.remove(follower)
         self._pause(arm, len(trial.accepted) > 0)
         candidates = len(trial.tree) - 1
         self._count(follower, at, trial.state, trial.budget, candidates, trial.accepted)
@@ -705,6 +721,8 @@ class AutoControl:
     def close(self, sequence: Draftable) -> None:
         self._hopes.pop(id(sequence), None)  # of a draft that was never verified
         if (follower := self.followers.pop(id(sequence), None)) is not None:
+            if follower in self._tried:
+                self._tried.remove(follower)
             for at, arm in enumerate(follower.arms):
                 after = len(sequence.tokens) - arm.since
                 if arm.since >= 0 and after > 0:

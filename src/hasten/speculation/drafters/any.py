@@ -171,10 +171,10 @@ class Portfolio:
 def _seen_by(arm: int, outcome: Outcome) -> Outcome:
     """What a drafter is told. One whose own proposal was not verified sees no candidates: it may
     hold keys and values of what it proposed, and would take the tree for its own."""
-    parts, tree = outcome.sequence.draft_state, outcome.tree
-    own = replace(outcome, sequence=parts.views[arm])
+    parts, tree, path = outcome.sequence.draft_state, outcome.tree, outcome.path
+    logits, hidden = outcome.logits, outcome.hidden
     if parts.open >> arm & 1 and (len(tree) == 1 or not tree.source[1] >> arm & 1):
-        own.tree, own.path = TokenTree.root(tree.token[0]), [0]
-        own.logits = outcome.logits[:1]
-        own.hidden = {layer: hidden[:1] for layer, hidden in outcome.hidden.items()}
-    return own
+        tree, path = TokenTree.root(tree.token[0]), [0]
+        logits = logits[:1]
+        hidden = {layer: rows[:1] for layer, rows in hidden.items()}
+    return Outcome(parts.views[arm], outcome.start, tree, path, outcome.tokens, logits, hidden)
