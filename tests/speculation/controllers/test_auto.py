@@ -453,3 +453,20 @@ def test_a_lone_drafter_pays_for_its_reading_too() -> None:
         simulation.run(10)
         simulation.control.close(text)
     assert reader.spent - before < 0.21 * 40 / 4
+
+
+def test_what_plain_steps_take_is_looked_at_again() -> None:
+    """They were slow for a while, so drafts that lose seem to pay, and no step without any would
+    say otherwise."""
+    slow = True
+
+    def passes(rows: int) -> float:
+        seconds = 1e-2 + 4e-3 * (rows - 1)
+        return 2 * seconds if slow and rows == 1 else seconds
+
+    simulation = Simulation(Auto(), [Text(lambda position: 0.3)], passes, does=MODEL_LIKE)
+    simulation.run(300)
+    assert simulation.candidates > 100
+    slow = False
+    simulation.run(1000)
+    assert simulation.run(1000) > 0.97 / passes(1)

@@ -56,7 +56,8 @@ between two times, they stay as they are. And share of the time that drafts save
 as well."""
 WEARY = 0.7
 """What is kept of the zeal to plan, look and try with each plan that finds nothing to draft, down
-to 1/n of n sequences. A new one of them restores it, an accepted candidate a step of it."""
+to 1/sqrt(n) of n sequences. A new one of them and the best of grades restore it, an accepted
+candidate a step of it."""
 NEW = 64
 """Steps until batches are explored less."""
 FORGETTING = 100.0
@@ -75,9 +76,9 @@ LEARN_SECONDS = 15e-6
 """That it takes once."""
 LEARN_OFTEN = 4
 """Steps between two that the drafters' times learn from."""
-PLAINLY, CLEAR = 64, 0.33
-"""Steps with candidates after which one runs without, to see again what that takes, unless they
-save more of the time than such an error could be."""
+PLAINLY = 64
+"""Steps with candidates after which one runs without, to see again what that takes. It loses what
+candidates save, so the more that is, the more steps: this number of what plain ones would be."""
 
 
 @method("auto", slot="control", exact="bitwise", does=("sets-budgets",))
@@ -91,7 +92,7 @@ class Auto:
     one is asked where one before it has nothing to propose. The others are watched with trials,
     proposals that are held against the text as it comes, unverified; also where no drafts pay.
     Trials and probes take at most ``explore`` of the time of a lone sequence. Of the time of n that
-    run together they take 1/sqrt(n) of that share, and where nothing comes of them 1/n.
+    run together they take 1/n of that share, and less where nothing comes of them.
     """
 
     most: int = 16
@@ -280,7 +281,7 @@ class AutoControl:
             budgets = [min(b, load.rows_left // len(budgets)) for b in budgets]
             for follower, budget in zip(asked, budgets, strict=True):
                 follower.budget = budget
-        if self._drafted >= PLAINLY and self._saved < CLEAR:
+        if self._drafted * (1 - self._saved) >= PLAINLY:
             budgets = [0] * len(budgets)
         elif self.purse > 0:
             self._probe(load, budgets, self.steps % len(asked))
@@ -315,6 +316,8 @@ class AutoControl:
                 if grade != arm.state:
                     arm.state = grade
                     arm.news = follower.news = True
+                    if grade == GRADES:
+                        self._zeal = 1.0
             looks += bool(looked)
         if looks:
             seconds = (self.clock() - began) / looks
@@ -352,7 +355,7 @@ class AutoControl:
         self._allot(steps, ladders)
         self._await = sum(step[2] for step in steps)
         self._saved = max(0.0, 1 - load.decoding / plain / self._rate) if steps else 0.0
-        self._zeal = 1.0 if steps else max(1 / load.decoding, WEARY * self._zeal)
+        self._zeal = 1.0 if steps else max(1 / math.sqrt(load.decoding), WEARY * self._zeal)
         more = sum(step[1] for step in steps)
         extra = prices.extra(load, more)
         row = prices.extra(load, more + 1) - extra
@@ -587,9 +590,13 @@ class AutoControl:
             self._gained += sum(len(o.path) - 1 for o in report.outcomes)
         if self._drafting:
             self._learn_drafts(report)
-        self._drafted = self._drafted + 1 if report.candidates else 0
+        plainly = self._drafted > 0 and not report.candidates
+        if report.candidates:
+            self._drafted += 1
+        elif plainly and seconds > (1 - MARGIN) * self.prices.plain(report.load):
+            self._drafted = 0  # else it took less than was thought: another one
         often = LEARN_SECONDS / max(LEARNING * seconds, 1e-9) / (4 if report.candidates else 1)
-        if not self.steps % math.ceil(often) or self.prices.around.seen < REFRESH:
+        if not self.steps % math.ceil(often) or plainly or self.prices.around.seen < REFRESH:
             self.prices.observe(report)
         for follower in list(self._tried):
             for at, arm in enumerate(follower.arms):
