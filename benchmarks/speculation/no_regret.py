@@ -68,6 +68,10 @@ TEXTS = 64
 """Different prompts of a kind; the batches of all rounds are taken from them."""
 LEAST = 2
 """Prompts of a kind in a round: as many as the batch, at least these."""
+KV_BYTES = 5 << 30
+"""Of pages, for the prompts of all kinds and what a round writes beside them: were a prompt
+computed again by one engine and not by the other, that would be all that is seen. Engines that
+only answer one kind have a quarter."""
 LOOKUP = "draft=prompt-lookup"
 """The stack whose machinery is looked at beside that of ``--stack``."""
 PARTS = ("plan", "propose", "drafter learns", "controller learns", "step")
@@ -244,28 +248,30 @@ class Comparison:
     tokens: int
     length: int
     mixed: bool = False
+    kv_bytes: int = KV_BYTES
     pairs: dict[tuple[str, str, int], Pairs] = field(default_factory=dict)
     lookup: dict[tuple[str, int], Pairs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.texts = prompts(self.tokenizer, self.length)
-        off, again = (self._engine(Stack.parse("plain")) for _ in range(2))
-        self.engines = {"off": off, **self._both(self.stack), "again": again}
+        plain = Stack.parse("plain")
+        self.engines = {
+            "off": self._engine(plain, self.kv_bytes),
+            "auto": self.under("auto", self.stack, self.kv_bytes),
+            "zero": self.under("fixed(k=0)", self.stack, self.kv_bytes // 4),
+            "again": self._engine(plain, self.kv_bytes // 4),
+        }
 
-    def _both(self, stack: Stack) -> dict[str, Timed]:
-        return {"auto": self.under("auto", stack), "zero": self.under("fixed(k=0)", stack)}
-
-    def under(self, control: str, stack: Stack) -> Timed:
+    def under(self, control: str, stack: Stack, kv_bytes: int) -> Timed:
         """An engine with the drafter of a stack."""
         own = deepcopy(dict(stack.methods))  # engines may share nothing that timers are set on
-        return self._engine(Stack.parse({**own, "control": control}))
+        return self._engine(Stack.parse({**own, "control": control}), kv_bytes)
 
-    def _engine(self, stack: Stack) -> Timed:
-        # as long as it may be: the pages of all prompts are to stay
+    def _engine(self, stack: Stack, kv_bytes: int) -> Timed:
         config = EngineConfig(
             max_sequences=max(self.batches),
             max_length=min(2048, self.model.config.max_positions),
-            kv_bytes=5 << 29,  # holds all prompts and what a round writes
+            kv_bytes=kv_bytes,
         )
         engine = Engine(self.model, stack, config, tokenizer=self.tokenizer)
         storage = engine.runner.storage
@@ -310,7 +316,9 @@ class Comparison:
     def look_up(self) -> None:
         """The machinery of a drafter that costs next to nothing itself."""
         texts = self.texts["random"]
-        for name, timed in self._both(Stack.parse(LOOKUP)).items():
+        controls = {"auto": "auto", "zero": "fixed(k=0)"}
+        for name, control in controls.items():
+            timed = self.under(control, Stack.parse(LOOKUP), self.kv_bytes // 4)
             self.fill(timed, ["random"])
             for batch in self.batches:
                 pairs = self.lookup[name, batch] = Pairs()

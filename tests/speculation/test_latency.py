@@ -42,11 +42,12 @@ def test_the_look_stops_at_the_engine_s_size() -> None:
     def small(rows: int, context: int) -> float:
         if rows > 8:
             raise ValueError("does not fit")
-        return 1e-3
+        return 1e-3 + 1e-6 * context
 
     times = PassTimes(64)
     times.look(small)
-    assert times.seconds(64) == pytest.approx(1e-3)
+    assert times.per_read == pytest.approx(1e-6)
+    assert times.seconds(64) == pytest.approx(1e-3 + 1e-6 * CONTEXTS[0])
 
 
 @pytest.mark.parametrize("looked", [True, False])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from hasten.engine.recording import MAX_ROWS
 
@@ -55,21 +56,22 @@ class PassTimes:
         may have to read the weights from a disk.
         """
         spent = last = 0.0
-        try:
-            for rows in LOOKS:
-                place = bisect_right(self.knots, rows) - 1
-                if self.knots[place] != rows or spent + 3 * last > LOOK_SECONDS:
-                    continue
+        for rows in LOOKS:
+            place = bisect_right(self.knots, rows) - 1
+            if self.knots[place] != rows or spent + 3 * last > LOOK_SECONDS:
+                continue
+            try:
                 first = time_step(rows, CONTEXTS[0])
-                last = min(time_step(rows, CONTEXTS[0]) for _ in range(2))
-                spent += 2 * last + (first if rows > 1 else 0.0)
-                self.value[place], self.count[place] = last, 3
+            except ValueError:  # the engine is smaller than that
+                break
+            last = min(time_step(rows, CONTEXTS[0]) for _ in range(2))
+            spent += 2 * last + (first if rows > 1 else 0.0)
+            self.value[place], self.count[place] = last, 3
+        with suppress(ValueError):
             # a small difference of large times: in turns, and often
             turns = [[time_step(1, context) for context in CONTEXTS] for _ in range(6)]
             near, far = (min(times) for times in zip(*turns, strict=True))
             self.per_read = max(0.0, far - near) / (CONTEXTS[1] - CONTEXTS[0])
-        except ValueError:  # the engine is smaller than that
-            pass
         self._fill()
 
     def seconds(self, rows: float, reads: float = 0.0) -> float:

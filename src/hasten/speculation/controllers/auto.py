@@ -51,7 +51,7 @@ TRUST = 20.0
 CALIBRATE = 50
 """Steps, or drafts of a model, over which what they brought is held against what was expected."""
 PLANNING, PLANNED = 0.01, 0.1
-"""Share of a lone sequence's time that weighing budgets may take (of n together, as with trials);
+"""Share of the time that weighing budgets may take, of n sequences together 1/sqrt(n) of it;
 between two times, they stay as they are. And share of the time that drafts save which it may take
 as well."""
 WEARY = 0.7
@@ -64,8 +64,8 @@ FORGETTING = 100.0
 """Steps after which what a sequence did is believed by half, if nothing came to it since: bad luck
 put to sleep would otherwise never be found out."""
 LOOKING = 0.005
-"""Share of the time, in the same way, that looking at the grades may take of sequences that do not
-draft."""
+"""Share of the time that looking at the grades of sequences that do not draft may take, of n
+together 1/sqrt(n) of it."""
 SAVED, SAVED_PLANNING = 200, 32
 """Steps whose shares may be saved up, for trials and for planning."""
 REFRESH = 32
@@ -281,7 +281,7 @@ class AutoControl:
             budgets = [min(b, load.rows_left // len(budgets)) for b in budgets]
             for follower, budget in zip(asked, budgets, strict=True):
                 follower.budget = budget
-        if self._drafted * (1 - self._saved) >= PLAINLY:
+        if self._drafted * (1 - self._saved) >= PLAINLY:  # a step to see what plain ones take
             budgets = [0] * len(budgets)
         elif self.purse > 0:
             self._probe(load, budgets, self.steps % len(asked))
@@ -303,9 +303,8 @@ class AutoControl:
         began = self.clock()
         asked, turn = self._asked, self.steps
         sleeping = sum(not follower.budget for follower in asked)
-        affordable = max(
-            LOOKING * self._zeal * self._step / math.sqrt(len(asked)), 1e-9
-        )  # a clock may stand still
+        affordable = LOOKING * self._zeal * self._step / math.sqrt(len(asked))
+        affordable = max(affordable, 1e-9)  # a clock may stand still
         stride = max(1, math.ceil(sleeping * self._look_seconds / affordable))
         looks = 0
         for place, follower in enumerate(asked):
@@ -575,13 +574,12 @@ class AutoControl:
         self.steps += 1
         seconds = report.step_seconds
         self._step = seconds if self._step == math.inf else 0.9 * self._step + 0.1 * seconds
-        # what is learned of one sequence serves the others
-        crowd = 1 / math.sqrt(max(report.load.decoding, 1))
+        many = max(report.load.decoding, 1)
         share = self.method.explore * seconds
-        if self.steps > NEW:
-            share *= crowd * crowd * self._zeal
+        if self.steps > NEW:  # what is learned of one sequence serves the others
+            share *= self._zeal / many
         self.purse = min(self.purse + share, SAVED * share)
-        share = (PLANNING * crowd * self._zeal + PLANNED * self._saved) * seconds
+        share = (PLANNING * self._zeal / math.sqrt(many) + PLANNED * self._saved) * seconds
         self._spare = min(self._spare + share, SAVED_PLANNING * share)
         self._awaited += (TRUST - self._awaited) / CALIBRATE
         self._gained += (TRUST - self._gained) / CALIBRATE
