@@ -107,6 +107,18 @@ def decoded(case: Case, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return keys, v * rest[0][..., None] if rest else v.float()
 
 
+def test_codes_are_rounded_once() -> None:
+    """127 / amax as a reciprocal times 127 makes this product 13.5 and its code 14."""
+    case = Case(4, 2, 64, 32, 1)
+    case.k[0, 0] = 1.0
+    case.k[0, 0, :2] = torch.tensor(
+        [float.fromhex("0x1.e65068p14"), float.fromhex("0x1.9d8ef4p11")]
+    )
+    codes = [case.run(torch.int8, rotate_keys=False, impl=impl)[1] for impl in ("cpu", "ref")]
+    assert_same_bits(*codes)
+    assert quantize(case.k[0, 0])[0][:2].tolist() == [127, 13]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_append_quantizes_each_row_alone(shape: tuple[int, ...]) -> None:
     case = Case(*shape)

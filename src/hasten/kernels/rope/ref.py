@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hasten.kernels.linear import quantized_ref
+
 PAGE = 16
 
 
@@ -17,12 +19,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8 [..., D], scales [...]) of ``x`` [..., D]: see ``append``."""
-    top = x.abs().amax(-1, keepdim=True)
-    codes = (x * (127 / top)).round()
-    codes = torch.where(top.isfinite() & (top >= 2.0**-100), codes, 0).to(torch.int8)
-    scale = torch.where(top >= 2.0**-100, top / 127, 0)
-    return codes, torch.where(top.isfinite(), scale, torch.nan)[..., 0]
+    """(codes int8 [..., D], scales [...]) of ``x`` [..., D], each row a block of its own."""
+    codes, scales = quantized_ref.quantize(x.reshape(-1, x.shape[-1]), x.shape[-1])
+    return codes.view(x.shape), scales.view(x.shape[:-1])
 
 
 def scales_of(k_pages: Tensor, dim: int) -> tuple[Tensor, ...]:
