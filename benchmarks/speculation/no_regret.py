@@ -24,9 +24,9 @@ plain engine, which takes part in every pair, would come to its end sooner.
 
 ``off`` is the same engine with ``draft=none``; ``zero`` is the drafter with ``control=fixed(k=0)``:
 the machinery without a draft. ``again`` is a second ``off``: what it differs by from the first is
-the place of its pages in memory, and not the drafts. Both are measured in every other round. A
-second table says what a step spends in that
-machinery, by timers around its parts; what a step of ``off`` spends there is subtracted.
+the place of its pages in memory, and not the drafts. Both are measured in every other round. A second table says
+what a step spends in that machinery, by timers around its parts; what a step of ``off`` spends
+there is subtracted.
 
 What ``auto`` pays for trying drafts out is paid early in a text. ``--tokens 192 --batches 16`` in a
 run of its own says what is left of it when texts are longer.
@@ -70,8 +70,8 @@ LEAST = 2
 """Prompts of a kind in a round: as many as the batch, at least these."""
 KV_BYTES = 5 << 30
 """Of pages, for the prompts of all kinds and what a round writes beside them: were a prompt
-computed again by one engine and not by the other, that would be all that is seen. Engines that
-only answer one kind have a quarter."""
+computed again by one engine and not by the other, that would be all that is seen; it is refused.
+Engines that only answer one kind have a quarter."""
 LOOKUP = "draft=prompt-lookup"
 """The stack whose machinery is looked at beside that of ``--stack``."""
 PARTS = ("plan", "propose", "drafter learns", "controller learns", "step")
@@ -193,6 +193,9 @@ class Pairs:
             len(out) != len(text) + tokens for out, text in zip(ours, texts, strict=True)
         ):
             raise SystemExit(f"{kind}, batch {len(texts)}: the two engines did not do equal work")
+        sequences = [r.sequences[0] for own in requests for r in own]
+        if any(s.figures.cached_tokens != s.num_prompt - 1 for s in sequences):
+            raise SystemExit(f"{kind}, batch {len(texts)}: prompts left the cache; raise kv_bytes")
         written = len(texts) * tokens
         self.off.append(seconds[0])
         self.seconds.append(seconds[1])
@@ -269,7 +272,7 @@ class Comparison:
 
     def _engine(self, stack: Stack, kv_bytes: int) -> Timed:
         config = EngineConfig(
-            max_sequences=max(self.batches),
+            max_sequences=TEXTS,  # of all batch sizes, and of what there are pages for
             max_length=min(2048, self.model.config.max_positions),
             kv_bytes=kv_bytes,
         )

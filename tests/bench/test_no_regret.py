@@ -51,6 +51,7 @@ def test_rounds_pair_all_kinds_and_batches_and_are_reported(found: Comparison) -
 def test_drafts_are_counted(found: Comparison) -> None:
     pairs = Pairs()
     other = found.under("fixed(k=4)", Stack.parse("draft=prompt-lookup"), KV_BYTES)
+    found.fill(other, ["copy"])
     pairs.run(
         found.engines["off"], other, found.texts["copy"][:2], "copy", 24, found.tenant("copy")
     )
@@ -77,10 +78,12 @@ def test_time_is_counted_where_it_is_spent(
         time.sleep(0.02)
         return list(plan(sequences, load))
 
+    for timed in (off, other):
+        found.fill(timed, ["random"])
     monkeypatch.setattr(other.engine, "control", type(other.engine.control)(k=0))
     object.__setattr__(other.engine.control, "plan", other._timed("plan", slow))
     pairs = Pairs()
-    pairs.run(off, other, found.texts["code"][:2], "code", 5, "")
+    pairs.run(off, other, found.texts["random"][:2], "random", 5, "random")
     assert pairs.seconds[0] - pairs.off[0] > 4 * 0.02
     assert 4 * 0.02 < other.seconds["plan"] < 2 * 5 * 0.02
     assert other.seconds["step"] < other.step_seconds - other.seconds["plan"]
@@ -97,6 +100,13 @@ def test_unequal_work_is_refused(found: Comparison, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(other, "add", shorter)
     with pytest.raises(SystemExit, match="equal work"):
         Pairs().run(found.engines["off"], found.engines["zero"], [[5, 6, 7]], "code", 4, "")
+
+
+def test_prompts_that_left_the_cache_are_refused(found: Comparison) -> None:
+    off, other = found.engines["off"], found.under("fixed(k=0)", Stack.parse(STACK), KV_BYTES)
+    found.fill(off, ["code"])
+    with pytest.raises(SystemExit, match="left the cache"):
+        Pairs().run(off, other, found.texts["code"][:1], "code", 4, found.tenant("code"))
 
 
 def test_the_interval_is_students_over_logarithms() -> None:
