@@ -41,6 +41,16 @@ def test_compare_prints_a_table_and_writes_a_report(questions: Path, tmp_path: P
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_at_a_time_is_told_by_kind_and_with_the_share_of_loops(questions: Path) -> None:
+    sizes = ("--max-tokens", 40, "--limit", 2, "--batch", 1, "--rounds", 1)
+    result = hasten("compare", "plain", "draft=prompt-lookup", "-w", questions, *sizes)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "| decode tokens/s of one sequence | all |" in lines
+    assert any(line.startswith("| plain outputs that end in a loop | ") for line in lines)
+    assert "| with prompts, against first | all |" in lines
+
+
 def test_compare_as_json(questions: Path) -> None:
     result = hasten("compare", "plain", "draft=prompt-lookup", "-w", questions, *SMALL, "--json")
     data = json.loads(result.stdout)
@@ -77,7 +87,7 @@ def test_compare_takes_other_engines_by_name(questions: Path, monkeypatch: Any) 
     sizes = ("--max-tokens", 12, "--limit", 2, "--rounds", 1)
     result = hasten("compare", peer, "-w", questions, "--weights", "bf16", *sizes, "--batch", 1)
     assert result.exit_code == 0, result.stderr
-    ours, theirs = (line for line in result.stdout.splitlines() if line.startswith("| `"))
+    ours, theirs, *_ = (line for line in result.stdout.splitlines() if line.startswith("| `"))
     assert "weights=checkpoint" in ours and f"`{peer} " in theirs and " bfloat16`" in theirs
     assert "without" not in result.stdout  # of the other engines none was asked for
     result = hasten("compare", "plain", peer, "-w", questions, *sizes, "--batch", 2)

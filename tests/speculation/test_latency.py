@@ -9,7 +9,7 @@ import pytest
 
 from hasten.engine.engine import Engine, EngineConfig
 from hasten.models.base import Decoder
-from hasten.speculation.latency import CONTEXTS, LOOK_SECONDS, LinearTimes, PassTimes
+from hasten.speculation.latency import CONTEXT, LOOK_SECONDS, LinearTimes, PassTimes
 from hasten.stack import Stack
 
 
@@ -29,7 +29,7 @@ def test_the_look_is_bounded() -> None:
     spent = [0.0, 0.0]
 
     def slow(rows: int, context: int) -> float:
-        spent[context > CONTEXTS[0]] += 0.03 * rows
+        spent[context > CONTEXT] += 0.03 * rows
         return 0.03 * rows
 
     PassTimes(64).look(slow)
@@ -47,7 +47,18 @@ def test_the_look_stops_at_the_engine_s_size() -> None:
     times = PassTimes(64)
     times.look(small)
     assert times.per_read == pytest.approx(1e-6)
-    assert times.seconds(64) == pytest.approx(1e-3 + 1e-6 * CONTEXTS[0])
+    assert times.seconds(64) == pytest.approx(1e-3 + 1e-6 * CONTEXT)
+
+
+def test_the_price_of_reads_in_a_short_engine() -> None:
+    def short(rows: int, context: int) -> float:
+        if rows + context > 600:
+            raise ValueError("does not fit")
+        return 1e-3 + 1e-6 * context
+
+    times = PassTimes(64)
+    times.look(short)
+    assert times.per_read == pytest.approx(1e-6)
 
 
 @pytest.mark.parametrize("looked", [True, False])
@@ -110,7 +121,8 @@ def test_terms_that_never_vary_do_no_harm() -> None:
 def test_an_engine_times_its_passes_and_leaves_no_trace(tiny: Callable[..., Decoder]) -> None:
     engine = Engine(tiny(), Stack.parse(), EngineConfig(max_sequences=2, max_batch_tokens=8))
     assert engine._time_step(1, 16) > 0
-    assert engine._time_step(8, 10**6) > 0  # the context is cut to what fits
+    with pytest.raises(ValueError, match="does not fit"):
+        engine._time_step(8, 10**6)
     with pytest.raises(ValueError, match="9 rows"):
         engine._time_step(9, 0)
     engine.check_ledger()

@@ -162,9 +162,8 @@ def compare(
             shape += report.beside_peers()
         shape += f"; {rounds} {'round' if rounds == 1 else 'rounds'}"
         shape += "".join(f"\n- without {line}" for line in absent)
-        kinds = []
-        if batch == 1 and len({item.category for item in items}) > 1:
-            kinds = comparison.by_category(rows, items)
+        # with more at a time, an item's seconds are not its own
+        kinds = comparison.by_category(rows, items) if batch == 1 else []
         if as_json:
             found = report.as_json(rows, report.conditions(), kinds)
             print(json.dumps({"shape": shape} | found))

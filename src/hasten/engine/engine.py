@@ -735,9 +735,8 @@ class Engine:
     def _time_step(self, rows: int, context: int) -> float:
         """Seconds of a pass over a chain of ``rows`` rows behind ``context`` positions, on pages
         that nobody holds. See ``ControlContext.time_step``."""
-        context = max(0, min(context, self.max_length - rows))
         stream = Stream([0] * (context + 1))
-        fits = rows <= self.config.max_batch_tokens and rows <= self.max_length
+        fits = rows <= self.config.max_batch_tokens and context + rows <= self.max_length
         if not fits or not self.cache.attach(stream):
             raise ValueError(f"a pass of {rows} rows does not fit this engine")
         try:

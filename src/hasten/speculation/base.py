@@ -406,9 +406,9 @@ class ControlContext:
         draft: the method of the slot ``draft``.
         drafting: gives it at work. It is made after the controller (which it asks when to stop),
             so call it when planning, not in ``start``.
-        time_step: runs a pass of a chain of ``rows`` rows behind ``context`` positions (cut to
-            what fits) on free pages and returns its seconds, for a latency table made in
-            ``start``. ``ValueError`` if so many rows do not fit; None where nothing can be timed.
+        time_step: runs a pass of a chain of ``rows`` rows behind ``context`` positions on free
+            pages and returns its seconds, for a latency table made in ``start``. ``ValueError``
+            if that does not fit; None where nothing can be timed.
         max_batch_tokens: rows of a step.
         blocks: pages of the target's cache; None where there is none.
     """

@@ -19,8 +19,10 @@ KNOTS = (1, 2, 3, 4, 6, 8, 12, MAX_ROWS, MAX_ROWS + 1, 24, 32, 48, 64, 96, 128, 
 LOOK_SECONDS = 0.8
 """Time for the look at the idle engine, without the first pass of all and the long context."""
 LOOKS = (1, 2, 4, 8, MAX_ROWS, MAX_ROWS + 1, 32, 64, 128, 256, 512)
-CONTEXTS = (16, 1024)
+CONTEXT = 16
 """Positions before the rows that are timed."""
+LONG_CONTEXTS = (1024, 512, 256, 128)
+"""Positions before a row, for the price of reading one: the first that fits the engine."""
 OUTLIER = 3.0
 """Deviations, in units of the usual one, that a measurement may have at most; more is cut."""
 
@@ -61,17 +63,19 @@ class PassTimes:
             if self.knots[place] != rows or spent + 3 * last > LOOK_SECONDS:
                 continue
             try:
-                first = time_step(rows, CONTEXTS[0])
+                first = time_step(rows, CONTEXT)
             except ValueError:  # the engine is smaller than that
                 break
-            last = min(time_step(rows, CONTEXTS[0]) for _ in range(2))
+            last = min(time_step(rows, CONTEXT) for _ in range(2))
             spent += 2 * last + (first if rows > 1 else 0.0)
             self.value[place], self.count[place] = last, 3
-        with suppress(ValueError):
-            # a small difference of large times: in turns, and often
-            turns = [[time_step(1, context) for context in CONTEXTS] for _ in range(6)]
-            near, far = (min(times) for times in zip(*turns, strict=True))
-            self.per_read = max(0.0, far - near) / (CONTEXTS[1] - CONTEXTS[0])
+        for context in LONG_CONTEXTS:
+            with suppress(ValueError):
+                # a small difference of large times: in turns, and often
+                turns = [[time_step(1, c) for c in (context, CONTEXT)] for _ in range(6)]
+                far, near = (min(times) for times in zip(*turns, strict=True))
+                self.per_read = max(0.0, far - near) / (context - CONTEXT)
+                break
         self._fill()
 
     def seconds(self, rows: float, reads: float = 0.0) -> float:
