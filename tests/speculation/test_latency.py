@@ -91,6 +91,32 @@ def test_a_lasting_change_is_followed() -> None:
     assert times.seconds(4) == pytest.approx(5e-3, rel=0.1)
 
 
+def test_a_slower_machine_is_slower_for_all_sizes() -> None:
+    """Also for those that were not seen since: else candidates would seem cheap beside it."""
+    rng = random.Random(1)
+    times = PassTimes(64)
+    times.look(lambda rows, context: jumpy(rows))
+    for slow in (1.0, 1.6, 0.7):
+        for _ in range(100):
+            times.observe(16, 0, slow * jumpy(16) * rng.uniform(0.95, 1.05))
+        for rows in (1, 17, 24, 32):
+            assert times.seconds(rows) == pytest.approx(slow * jumpy(rows), rel=0.1)
+
+
+def test_one_size_alone_may_change() -> None:
+    """Among others that did not, it is not taken for the machine."""
+    rng = random.Random(2)
+    times = PassTimes(64)
+    times.look(lambda rows, context: jumpy(rows))
+    for _ in range(300):
+        for rows in (16, 16, 16, 32):
+            seconds = jumpy(rows) * (1.5 if rows == 32 else 1.0)
+            times.observe(rows, 0, seconds * rng.uniform(0.97, 1.03))
+    assert times.seconds(16) == pytest.approx(jumpy(16), rel=0.04)
+    assert times.seconds(32) == pytest.approx(1.5 * jumpy(32), rel=0.04)
+    assert times.seconds(8) == pytest.approx(jumpy(8), rel=0.3)  # never seen since
+
+
 def test_nothing_is_known_before_the_first_step() -> None:
     times = PassTimes(64)
     assert not times.known and times.seconds(8) == 0
@@ -116,6 +142,29 @@ def test_terms_that_never_vary_do_no_harm() -> None:
     assert times.seconds((1, 4, 0)) == pytest.approx(1e-4, rel=0.01)
     times.observe((1, 5, 3), 1.2e-4)
     assert 0 <= times.seconds((1, 5, 3)) < 1e-3
+
+
+def test_no_price_is_negative_and_none_hides_another() -> None:
+    """Deep rounds were slow once; shallow ones that are fast again say so of the depth's price."""
+    times = LinearTimes((1, 8, 8, 64))
+    for _ in range(5):
+        times.observe((1, 16, 1, 0), 0.16)
+    for _ in range(20):
+        times.observe((1, 2, 1, 0), 2e-4)
+        assert min(times.price) >= 0
+    assert times.seconds((1, 2, 1, 0)) < 2e-3  # it was 2e-2 by the depth's price alone
+
+
+def test_what_is_doubted_is_soon_corrected() -> None:
+    sure, doubtful = LinearTimes((1, 1)), LinearTimes((1, 1))
+    for times in (sure, doubtful):
+        for _ in range(20):
+            times.observe((1, 1), 1.0)
+    doubtful.doubt()
+    for times in (sure, doubtful):
+        times.observe((1, 1), 0.1)
+    assert doubtful.seconds((1, 1)) == pytest.approx(0.1, rel=0.05)
+    assert sure.seconds((1, 1)) > 0.5
 
 
 def test_an_engine_times_its_passes_and_leaves_no_trace(tiny: Callable[..., Decoder]) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hasten.speculation.base import ControlContext, Load
+from hasten.speculation.base import ControlContext, Load, StepReport
 from hasten.speculation.prices import FADING, Prices
 
 LOAD = Load(decoding=4, rows_taken=4, rows_left=100, context=400)
@@ -21,6 +21,10 @@ def prices() -> Prices:
         time_step=lambda rows, context: 1e-2 + 1e-3 * rows,
     )
     return Prices(context, 2)
+
+
+def report(rows: int, seconds: float) -> StepReport:
+    return StepReport(LOAD, rows, rows - LOAD.decoding, 0.0, seconds, 0.0, seconds, [])
 
 
 def learn(found: Prices, drafter: int, rounds: int) -> None:
@@ -40,6 +44,27 @@ def test_candidates_cost_what_their_rows_do() -> None:
     assert found.extra(LOAD, 0) == 0
     assert found.extra(LOAD, 8) == pytest.approx(8e-3)
     assert found.extra(LOAD, 2.5) == pytest.approx(2.5e-3)
+
+
+def test_all_prices_follow_the_machine() -> None:
+    found = prices()
+    learn(found, 1, 400)
+    rounds, drafts = found.rounds[1].depth, found.extra(LOAD, 8)
+    for _ in range(200):
+        found.observe(report(rows=4, seconds=2.8e-2))  # twice the time of the look
+    found.refresh()
+    assert found.plain(LOAD) == pytest.approx(2.8e-2, rel=0.02)
+    assert found.extra(LOAD, 8) == pytest.approx(2 * drafts, rel=0.15)
+    assert found.rounds[1].depth == pytest.approx(2 * rounds, rel=0.15)
+
+
+def test_no_row_makes_a_pass_faster() -> None:
+    found = prices()
+    for _ in range(400):
+        found.observe(report(rows=4, seconds=1.4e-2))
+        found.observe(report(rows=6, seconds=1.2e-2))
+    found.refresh()
+    assert found.extra(LOAD, 2) == 0
 
 
 def test_terms_of_a_round_are_told_apart() -> None:

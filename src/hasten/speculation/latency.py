@@ -8,9 +8,12 @@ Every part believes a single odd measurement little: a step may have been interr
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+
+import numpy as np
 
 from hasten.engine.recording import MAX_ROWS
 
@@ -25,26 +28,41 @@ LONG_CONTEXTS = (1024, 512, 256, 128)
 """Positions before a row, for the price of reading one: the first that fits the engine."""
 OUTLIER = 3.0
 """Deviations, in units of the usual one, that a measurement may have at most; more is cut."""
+LEAST_NOISE, MOST_NOISE = 0.02, 0.1
+"""Relative errors that a measurement has at least, and that explain how far it is off at most."""
+DRIFT, SHAPE_DRIFT = 0.02, 0.003
+"""How much the machine's speed changes from one measurement to the next, and how much what a number
+of rows takes beside the others: a machine is shared, and its clock changes."""
+LOOKED, IDLE, UNKNOWN = 0.03, 0.1, 1.0
+"""Relative doubt in a time after the look, in the speed of a machine that was idle then, and in a
+time that was never measured."""
 
 
 class PassTimes:
     """Seconds of a forward pass by rows and by positions read.
 
-    Linear between knots in the number of rows, plus a price for each position that a row reads.
-    A knot that was never measured lies on the line through the measured ones beside it.
+    Linear between knots in the number of rows, plus a price for each position that a row reads,
+    all times how slow the machine is now. A Kalman filter over the logarithms of the knots and of
+    the slowness divides what surprises between them: where the machine has become slower all pass
+    sizes have, also those that were not seen since. A knot that was never measured lies on the line
+    through the measured ones beside it.
     """
 
     def __init__(self, most_rows: int) -> None:
         self.knots = [k for k in KNOTS if k < most_rows]
         self.knots.append(most_rows if most_rows > 1 else 2)
         self.value = [0.0] * len(self.knots)
-        self.count = [0] * len(self.knots)
-        """Measurements near each knot."""
+        self.measured = [False] * len(self.knots)
+        self.slowness = 1.0
         self.per_read = 0.0
         """From the look alone: online it could not be told from other slow changes, which the
         knots follow."""
         self.deviation = 0.0
         """The usual relative error of a prediction."""
+        # covariance of the logarithms: of the knots, then of the slowness
+        self._doubt = np.diag([UNKNOWN**2] * len(self.knots) + [IDLE**2])
+        self._variance = self._doubt.reshape(-1)[:: len(self._doubt) + 1]  # its diagonal
+        self._drift = np.array([SHAPE_DRIFT**2] * len(self.knots) + [DRIFT**2])
 
     @property
     def known(self) -> bool:
@@ -68,7 +86,8 @@ class PassTimes:
                 break
             last = min(time_step(rows, CONTEXT) for _ in range(2))
             spent += 2 * last + (first if rows > 1 else 0.0)
-            self.value[place], self.count[place] = last, 3
+            self.value[place], self.measured[place] = last, last > 0
+            self._doubt[place, place] = LOOKED**2
         for context in LONG_CONTEXTS:
             with suppress(ValueError):
                 # a small difference of large times: in turns, and often
@@ -80,6 +99,10 @@ class PassTimes:
 
     def seconds(self, rows: float, reads: float = 0.0) -> float:
         """Of a pass of so many rows that read so many positions together; 0 if nothing is known."""
+        return self.usual(rows, reads) * self.slowness
+
+    def usual(self, rows: float, reads: float = 0.0) -> float:
+        """Those seconds where the slowness is 1."""
         low, high, share = self._place(rows)
         below, above = self.value[low], self.value[high]
         return below + (above - below) * share + self.per_read * reads
@@ -87,35 +110,43 @@ class PassTimes:
     def observe(self, rows: int, reads: float, seconds: float) -> None:
         """Learn from a pass."""
         low, high, share = self._place(rows)
-        fresh = not (self.count[low] if share < 0.5 else self.count[high])
-        predicted = self.seconds(rows, reads)
-        error = seconds - predicted
-        if fresh or not predicted:
-            step = 1.0  # nothing better is known about so many rows
-        else:
-            relative = abs(error) / predicted
-            limit = OUTLIER * max(self.deviation, 0.02)
+        nearest = low if share < 0.5 else high
+        if seconds <= 0:  # of a clock that stands still
+            return
+        fresh, self.measured[nearest] = not self.measured[nearest], True
+        usual = self.usual(rows, reads)
+        if usual <= 0:
+            self.value[nearest] = seconds
+            self._fill()
+            return
+        relative = seconds / (usual * self.slowness) - 1
+        if not fresh:
+            limit = OUTLIER * max(self.deviation, LEAST_NOISE)
             # the cut value counts, so a lasting change widens the limit step by step
-            self.deviation += 0.05 * (min(relative, 2 * limit) - self.deviation)
-            if error > 0 and relative > limit:  # interruptions lengthen a step, nothing shortens it
-                error *= limit / relative
-            near = min(self.count[low], 20) if share < 0.5 else min(self.count[high], 20)
-            step = max(0.1, 1 / (near + 1))
-        # the knot that less is known of takes more of the error
-        doubt = [1 / (self.count[place] + 0.1) for place in (low, high)]
-        step *= error / ((1 - share) ** 2 * doubt[0] + share**2 * doubt[1])
-        for place, weight, own in ((low, 1 - share, doubt[0]), (high, share, doubt[1])):
-            if weight > 0:
-                self.value[place] = max(1e-9, self.value[place] + step * weight * own)
-                self.count[place] += weight >= 0.5
-        if fresh or 0 in (self.count[low], self.count[high]):
+            self.deviation += 0.05 * (min(abs(relative), 2 * limit) - self.deviation)
+            relative = min(relative, limit)  # interruptions lengthen a step, nothing shortens it
+        doubt, diagonal = self._doubt, self._variance
+        diagonal += self._drift
+        np.minimum(diagonal, UNKNOWN**2, out=diagonal)
+        below = (1 - share) * self.value[low] / usual
+        above = share * self.value[high] / usual
+        along = below * doubt[low] + doubt[-1]
+        if above:
+            along += above * doubt[high]
+        noise = min(max(self.deviation, LEAST_NOISE), MOST_NOISE)
+        total = float(below * along[low] + above * along[high] + along[-1]) + noise**2
+        doubt -= along[:, None] * (along / total)
+        *shape, speed = np.exp(along * (math.log1p(relative) / total)).tolist()
+        self.value = [v * g for v, g in zip(self.value, shape, strict=True)]
+        self.slowness *= speed
+        if fresh or not (self.measured[low] and self.measured[high]):
             self._fill()
 
     def _fill(self) -> None:
         """Give the knots that were not measured what the measured ones say."""
-        known = [place for place, count in enumerate(self.count) if count]
-        for place, count in enumerate(self.count):
-            if count or not known:
+        known = [place for place, measured in enumerate(self.measured) if measured]
+        for place, measured in enumerate(self.measured):
+            if measured or not known:
                 continue
             right = bisect_right(known, place)
             if right == 0:
@@ -140,6 +171,12 @@ class PassTimes:
         return low, high, max(0.0, share)
 
 
+IGNORANCE = 1e3
+"""Variance of a price that nothing is known of, in units of what a measurement says of it."""
+SURE = 8
+"""Measurements after which those that are far off are cut."""
+
+
 class LinearTimes:
     """Seconds as a sum of terms with prices that are not negative, by recursive least squares.
 
@@ -148,33 +185,61 @@ class LinearTimes:
     """
 
     def __init__(self, sizes: Sequence[float], memory: float = 100.0) -> None:
-        terms = len(sizes)
-        self.price = [0.0] * terms
+        self.price = [0.0] * len(sizes)
         self.seen = 0
         self._keep = 1 - 1 / memory
-        self._gain = [[1e3 / s**2 * (i == j) for j in range(terms)] for i, s in enumerate(sizes)]
+        self._sizes = sizes
+        self._gain = self._ignorance()
         self._usual = 0.0
 
+    def doubt(self) -> None:
+        """Believe the next measurement more than all that was learned."""
+        self._gain = self._ignorance()
+        self.seen = min(self.seen, SURE - 1)
+
+    def _ignorance(self) -> list[list[float]]:
+        sizes = self._sizes
+        return [
+            [IGNORANCE / s**2 * (i == j) for j in range(len(sizes))] for i, s in enumerate(sizes)
+        ]
+
     def seconds(self, terms: Sequence[float]) -> float:
-        return sum(max(0.0, p) * t for p, t in zip(self.price, terms, strict=True))
+        return sum(p * t for p, t in zip(self.price, terms, strict=True))
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
         """Learn from a measurement; cut where it is far from what was expected."""
         gain = self._gain
         along = [sum(g * t for g, t in zip(row, terms, strict=True)) for row in gain]
         total = self._keep + sum(a * t for a, t in zip(along, terms, strict=True))
-        error = seconds - sum(p * t for p, t in zip(self.price, terms, strict=True))
+        error = seconds - self.seconds(terms)
         self.seen += 1
-        if self.seen > 8:
+        if self.seen > SURE:
             limit = OUTLIER * self._usual
             error = min(max(error, -limit), limit)
             self._usual += 0.05 * (min(abs(error) * 1.5, 2 * limit) - self._usual) + 1e-9
         else:
             self._usual += (abs(error) - self._usual) / self.seen if self.seen > 1 else 0.0
-        for i, a in enumerate(along):
-            self.price[i] += a / total * error
+        self._correct(terms, error)
         trace = sum(gain[i][i] for i in range(len(terms)))
         keep = self._keep if trace < 1e4 * len(terms) else 1.0  # terms that never vary stay put
         for i, a in enumerate(along):
             for j, b in enumerate(along):
                 gain[i][j] = (gain[i][j] - a * b / total) / keep
+
+    def _correct(self, terms: Sequence[float], error: float) -> None:
+        """Change the prices by an error. Those that would be negative end at 0, and the others take
+        what is left: a negative price would hide behind another that is too high, for good."""
+        free = [i for i, term in enumerate(terms) if term]
+        while free:
+            along = {i: sum(self._gain[i][j] * terms[j] for j in free) for i in free}
+            scale = error / (self._keep + sum(along[i] * terms[i] for i in free))
+            below = [i for i in free if self.price[i] + along[i] * scale < 0]
+            for i in below or free:
+                if below:
+                    error += self.price[i] * terms[i]
+                    self.price[i] = 0.0
+                    free.remove(i)
+                else:
+                    self.price[i] += along[i] * scale
+            if not below:
+                return

@@ -8,7 +8,8 @@ from hasten.speculation.base import ControlContext, Load, StepReport
 from hasten.speculation.latency import LinearTimes, PassTimes
 
 FADING = 200.0
-"""Steps after which a price that was not learned again is believed by half."""
+"""Steps after which a price that was not learned again is believed by half, and counts for little
+once it is."""
 
 
 class RoundPrice(NamedTuple):
@@ -30,10 +31,12 @@ class RoundPrice(NamedTuple):
 class Prices:
     """Times of steps by their rows, and of rounds of several drafters.
 
+    All are learned as what they would take at the machine's usual speed.
+
     Attributes:
         passes: seconds of a forward pass.
         around: seconds of the rest: of a step, its sequences, its candidates.
-        rounds: what the drafters take, as of the last ``refresh``.
+        rounds: what the drafters take.
         depth_share: depth of a drafter's trees, against their candidates.
     """
 
@@ -42,8 +45,9 @@ class Prices:
         if context.time_step is not None:
             self.passes.look(context.time_step)
         self.around = LinearTimes((1, 1, 1))
-        # usual depths and reading: one who drafts first has most often a prompt to read
-        self._drafts = [LinearTimes((1, 8, 1, 64)) for _ in range(drafters)]
+        # usual sizes: one who drafts first has most often a prompt to read; that others would
+        # take the same again is found out where they draft
+        self._drafts = [LinearTimes((1, 8, 8, 64)) for _ in range(drafters)]
         self.rounds = [RoundPrice(0.0, 0.0, 0.0, 0.0)] * drafters
         self.depth_share = [1.0] * drafters
         self._learned = [0] * drafters
@@ -53,28 +57,34 @@ class Prices:
     def refresh(self) -> None:
         """From now on, go by what was learned until now, for the load of the next step."""
         self._steps.clear()
-        self.rounds = [RoundPrice(*(max(0.0, p) for p in times.price)) for times in self._drafts]
+        for drafter in range(len(self.rounds)):
+            self._refresh_round(drafter)
+
+    def _refresh_round(self, drafter: int) -> None:
+        slow = self.passes.slowness
+        self.rounds[drafter] = RoundPrice(*(slow * p for p in self._drafts[drafter].price))
 
     def plain(self, load: Load) -> float:
         """Seconds of a step without drafts, and without the prompts' rows, which it computes
         anyway."""
-        seconds = self.passes.seconds(load.decoding, load.context)
-        return seconds + self.around.seconds((1, load.decoding, 0))
+        usual = self.passes.usual(load.decoding, load.context)
+        return (usual + self.around.seconds((1, load.decoding, 0))) * self.passes.slowness
 
     def extra(self, load: Load, rows: float) -> float:
         """Seconds that candidates add to a step, without their drafting."""
         whole = load.rows_taken + int(rows)
-        below = self._step(load, whole)
+        below = self._usual(load, whole)
         if rows != int(rows):
-            below += (self._step(load, whole + 1) - below) * (rows - int(rows))
-        return below - self._step(load, load.rows_taken)
+            below += (self._usual(load, whole + 1) - below) * (rows - int(rows))
+        more = below - self._usual(load, load.rows_taken)
+        return max(0.0, more) * self.passes.slowness  # no row makes a pass faster
 
-    def _step(self, load: Load, rows: int) -> float:
+    def _usual(self, load: Load, rows: int) -> float:
         seconds = self._steps.get(rows)
         if seconds is None:
             reads = load.context / max(load.decoding, 1)  # of a row
             terms = (1, load.decoding, rows - load.rows_taken)
-            seconds = self.passes.seconds(rows, rows * reads) + self.around.seconds(terms)
+            seconds = self.passes.usual(rows, rows * reads) + self.around.seconds(terms)
             seconds = self._steps[rows] = max(seconds, 1e-9)
         return seconds
 
@@ -96,14 +106,19 @@ class Prices:
         self.passes.observe(report.rows, reads, report.forward_seconds)
         if load.rows_taken == load.decoding:  # prompt chunks have costs of their own
             rest = report.step_seconds - report.forward_seconds - report.draft_seconds
-            self.around.observe((1, load.decoding, report.candidates), rest)
+            terms = (1, load.decoding, report.candidates)
+            self.around.observe(terms, rest / self.passes.slowness)
 
     def observe_round(
         self, drafter: int, deepest: int, sequences: int, unread: int, seconds: float, step: int
     ) -> None:
         """Learn from what a drafter took; not from its first time of all, when it allocates."""
         if self._learned[drafter]:
-            self._drafts[drafter].observe((1, deepest, sequences, unread), seconds)
+            terms = (1, deepest, sequences, unread)
+            if step - self._learned[drafter] > FADING:
+                self._drafts[drafter].doubt()
+            self._drafts[drafter].observe(terms, seconds / self.passes.slowness)
+            self._refresh_round(drafter)
         self._learned[drafter] = step
 
     def rounds_seen(self, drafter: int) -> int:

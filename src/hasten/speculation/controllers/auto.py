@@ -72,7 +72,7 @@ REFRESH = 32
 """Steps between two looks at what passes cost."""
 LEARNING = 0.001
 """Share of the time that learning what steps cost may take, four times that with candidates."""
-LEARN_SECONDS = 15e-6
+LEARN_SECONDS = 2e-5
 """That it takes once."""
 LEARN_OFTEN = 4
 """Steps between two that the drafters' times learn from."""
@@ -659,6 +659,9 @@ class AutoControl:
                 seconds += self._thought
                 prices.observe_round(at, deepest[at], asked[at], reading[at], seconds, self.steps)
                 self._thought = 0.0
+                if prices.rounds_seen(at) < YOUNG:  # until now it was thought to take nothing
+                    for follower in self._asked:
+                        follower.news = True
         self._thought = 0.0
 
     def _count(
