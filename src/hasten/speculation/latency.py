@@ -231,15 +231,15 @@ class LinearTimes:
         what is left: a negative price would hide behind another that is too high, for good."""
         free = [i for i, term in enumerate(terms) if term]
         while free:
-            along = {i: sum(self._gain[i][j] * terms[j] for j in free) for i in free}
-            scale = error / (self._keep + sum(along[i] * terms[i] for i in free))
-            below = [i for i in free if self.price[i] + along[i] * scale < 0]
-            for i in below or free:
-                if below:
-                    error += self.price[i] * terms[i]
-                    self.price[i] = 0.0
-                    free.remove(i)
-                else:
-                    self.price[i] += along[i] * scale
+            along = [sum(self._gain[i][j] * terms[j] for j in free) for i in free]
+            total = self._keep + sum(a * terms[i] for a, i in zip(along, free, strict=True))
+            fresh = {i: self.price[i] + a * error / total for a, i in zip(along, free, strict=True)}
+            below = [i for i in free if fresh[i] < 0]
             if not below:
+                for i in free:
+                    self.price[i] = fresh[i]
                 return
+            for i in below:
+                error += self.price[i] * terms[i]
+                self.price[i] = 0.0
+                free.remove(i)

@@ -72,7 +72,7 @@ REFRESH = 32
 """Steps between two looks at what passes cost."""
 LEARNING = 0.001
 """Share of the time that learning what steps cost may take, four times that with candidates."""
-LEARN_SECONDS = 2e-5
+LEARN_SECONDS = 3e-5
 """That it takes once."""
 LEARN_OFTEN = 4
 """Steps between two that the drafters' times learn from."""
