@@ -52,7 +52,8 @@ class Prices:
         self.depth_share = [1.0] * drafters
         self._learned = [0] * drafters
         """The step in which a drafter's times were last learned."""
-        self._steps: dict[int, float] = {}
+        self._steps: list[float] = []
+        """Usual seconds of a step with 0, 1, 2, ... candidates."""
 
     def refresh(self) -> None:
         """From now on, go by what was learned until now, for the load of the next step."""
@@ -72,21 +73,18 @@ class Prices:
 
     def extra(self, load: Load, rows: float) -> float:
         """Seconds that candidates add to a step, without their drafting."""
-        whole = load.rows_taken + int(rows)
-        below = self._usual(load, whole)
-        if rows != int(rows):
-            below += (self._usual(load, whole + 1) - below) * (rows - int(rows))
-        more = below - self._usual(load, load.rows_taken)
+        whole, steps = int(rows), self._steps
+        while len(steps) < whole + 2:
+            steps.append(self._usual(load, len(steps)))
+        more = steps[whole] - steps[0]
+        if rows != whole:
+            more += (steps[whole + 1] - steps[whole]) * (rows - whole)
         return max(0.0, more) * self.passes.slowness  # no row makes a pass faster
 
-    def _usual(self, load: Load, rows: int) -> float:
-        seconds = self._steps.get(rows)
-        if seconds is None:
-            reads = load.context / max(load.decoding, 1)  # of a row
-            terms = (1, load.decoding, rows - load.rows_taken)
-            seconds = self.passes.usual(rows, rows * reads) + self.around.seconds(terms)
-            seconds = self._steps[rows] = max(seconds, 1e-9)
-        return seconds
+    def _usual(self, load: Load, candidates: int) -> float:
+        rows = load.rows_taken + candidates
+        reads = rows * load.context / max(load.decoding, 1)
+        return self.passes.usual(rows, reads) + self.around.seconds((1, load.decoding, candidates))
 
     def lone(self, drafter: int, candidates: int, unread: int, step: int) -> float:
         """Seconds that a drafter takes for one sequence in a round of its own.
