@@ -24,9 +24,9 @@ plain engine, which takes part in every pair, would come to its end sooner.
 
 ``off`` is the same engine with ``draft=none``; ``zero`` is the drafter with ``control=fixed(k=0)``:
 the machinery without a draft. ``again`` is a second ``off``: what it differs by from the first is
-the place of its pages in memory, and not the drafts. Both are measured in every other round. A second table says
-what a step spends in that machinery, by timers around its parts; what a step of ``off`` spends
-there is subtracted.
+the place of its pages in memory, and not the drafts. Both are measured in every other round. A
+second table says what a step spends in that machinery, by timers around its parts; what a step of
+``off`` spends there is subtracted.
 
 What ``auto`` pays for trying drafts out is paid early in a text. ``--tokens 192 --batches 16`` in a
 run of its own says what is left of it when texts are longer.

@@ -77,6 +77,23 @@ def test_terms_of_a_round_are_told_apart() -> None:
     assert found.rounds[0] == (0, 0, 0, 0)  # nobody asked it
 
 
+def test_what_a_round_takes_is_known_at_once() -> None:
+    """Until a refresh, a batch would go on to draft for nothing, as it seems."""
+    found = prices()
+    for step in (1, 2):
+        found.observe_round(0, 1, 1, 3000, 0.2, step)
+    assert found.lone(0, 1, 3000, step=2) == pytest.approx(0.2, rel=0.05)
+
+
+def test_what_was_learned_long_ago_counts_for_little() -> None:
+    found = prices()
+    for step in range(1, 7):
+        found.observe_round(0, 4, 1, 0, 0.15, step)  # a bad moment
+    step = 7 + int(FADING)
+    found.observe_round(0, 4, 1, 0, 1.5e-3, step)
+    assert found.lone(0, 4, 0, step) == pytest.approx(1.5e-3, rel=0.1)
+
+
 def test_the_first_round_counts_for_nothing() -> None:
     found = prices()
     found.observe_round(0, 4, 1, 100, 10.0, 1)

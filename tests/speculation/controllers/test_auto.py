@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def test_useless_drafts_cost_little(batch: int, does: frozenset[str], cost: floa
 @pytest.mark.parametrize("batch", [4, 32])
 def test_useless_drafts_are_hardly_thought_of(batch: int) -> None:
     """Where weighing budgets takes a tenth of a step: one sequence may take a hundredth of the time
-    for it, n of them together the root of n less."""
+    for it, n of them together an n-th of that, half of it since nothing came of it so far."""
     pass_seconds = machine(1e-3, 1e-3)
     texts = [Text(lambda position: 0.0) for _ in range(batch)]
     simulation = Simulation(Auto(), texts, pass_seconds)
@@ -96,7 +95,7 @@ def test_useless_drafts_are_hardly_thought_of(batch: int) -> None:
     before, began = next(calls), simulation.seconds
     simulation.run(2000)
     thought = (next(calls) - before) / 2 * pass_seconds(batch) / 10
-    assert thought / (simulation.seconds - began) < 0.02 / math.sqrt(batch)
+    assert thought / (simulation.seconds - began) < 0.02 / batch
 
 
 @pytest.mark.parametrize("does", [FROM_TEXT, MODEL_LIKE])
@@ -281,9 +280,10 @@ def test_not_all_find_out_that_a_drafter_is_dear() -> None:
     """What the first of a batch paid for reading is known to the others in the next step."""
     reader = Reader(lambda k: 1e-5, random.Random(1), quality=0.95)
     texts = [Text(lambda p: 0.0, tokens=list(range(3000)), num_prompt=3000) for _ in range(16)]
-    simulation = Simulation(Auto(), texts, FREE_ROWS, drafting=reader, does=MODEL_LIKE)
+    rows_for_nothing = machine(1e-2, 1e-3, free=256)
+    simulation = Simulation(Auto(), texts, rows_for_nothing, drafting=reader, does=MODEL_LIKE)
     simulation.run(40)
-    assert 0 < reader.spent < 6 * 0.21
+    assert 0.21 < reader.spent < 6 * 0.21
 
 
 def test_a_draft_model_stops_where_its_chances_do_not_pay() -> None:
