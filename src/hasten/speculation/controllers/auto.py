@@ -659,9 +659,6 @@ class AutoControl:
                 seconds += self._thought
                 prices.observe_round(at, deepest[at], asked[at], reading[at], seconds, self.steps)
                 self._thought = 0.0
-                if prices.rounds_seen(at) < YOUNG:  # until now it was thought to take nothing
-                    for follower in self._asked:
-                        follower.news = True
         self._thought = 0.0
 
     def _count(
